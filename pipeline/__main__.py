@@ -1,0 +1,5 @@
+"""`python -m pipeline` is the `budgetline` command."""
+
+from pipeline.launch import main
+
+main()

@@ -1,0 +1,1 @@
+"""Pure numpy on choices and numbers: no network, file or device is known here."""

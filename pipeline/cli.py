@@ -1,0 +1,426 @@
+"""The command line: parses, calls flow or the report room, prints. Errors that are the user's exit with 2."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipeline import __version__
+from pipeline.errors import BudgetlineError, ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pipeline.flow import Run
+    from pipeline.types import Json
+
+EXPORTS = Path("exports")
+
+app = typer.Typer(
+    name="budgetline",
+    help="From images and a device to a family of deployable networks, one per budget tier.",
+    epilog="Start with: budgetline run --data digits --profile cpu",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_MAKE, _USE = "Make a family", "Use a family"
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Argument(metavar="[RUN.yaml]", help="What to do; flags override it.", show_default=False),
+]
+Profile = Annotated[
+    list[str] | None,
+    typer.Option(help="Device profile: a YAML file, or a name in profiles/. Repeat for several devices."),
+]
+Data = Annotated[
+    str | None, typer.Option(help="digits, fashion-mnist, cifar10, each with :PATH, or image-folder:PATH.")
+]
+Method = Annotated[str | None, typer.Option(help="importance, asng, random or evolution.")]
+Space = Annotated[str | None, typer.Option(help="Search space: mbconv.")]
+EvaluatorName = Annotated[str | None, typer.Option("--evaluator", help="Learning signal: one-shot.")]
+Out = Annotated[Path | None, typer.Option(help="Run folder; default exports/NAME.", show_default=False)]
+Seed = Annotated[int | None, typer.Option(help="Decides everything random.", min=0)]
+Device = Annotated[str | None, typer.Option(help="Where to train: cpu, cuda or cuda:N.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Any setting by its dotted name: --set retrain.epochs=5."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+TierName = Annotated[str | None, typer.Option("--tier", help="One tier: NAME or DEVICE/NAME.")]
+RunFolderOption = Annotated[Path, typer.Option("--out", help="The run's folder.")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
+
+
+@contextmanager
+def _friendly() -> Iterator[None]:
+    """What the user has to read, in a line or two, without a traceback."""
+    try:
+        yield
+    except BudgetlineError as error:
+        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        typer.echo("stopped; nothing is lost: the same command goes on from here", err=True)
+        raise typer.Exit(130) from None
+
+
+def _console(to_stderr: bool = True) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=to_stderr)
+
+
+# --------------------------------------------------------------------------------------------- making a family
+
+
+def _starter(name: str, work: Callable[[Run], Json | None], help_text: str, example: str) -> None:
+    """A command that may start a run, and so takes everything that describes one."""
+
+    def command(
+        config: ConfigFile = None,
+        profile: Profile = None,
+        data: Data = None,
+        method: Method = None,
+        space: Space = None,
+        evaluator: EvaluatorName = None,
+        out: Out = None,
+        seed: Seed = None,
+        device: Device = None,
+        settings: Set = None,
+        as_json: AsJson = False,
+    ) -> None:
+        with _friendly():
+            flags = _flags(profile, data, method, space, evaluator, seed, device)
+            wanted, where = _wanted(config, flags, settings or [])
+            root = out or EXPORTS / _default_name(config, wanted)
+            with _opened(root, wanted, where) as opened:
+                manifest = work(opened)
+            if manifest is not None and as_json:
+                typer.echo(json.dumps(manifest))
+            elif manifest is not None:
+                _print_family(manifest, root)
+
+    app.command(name, help=help_text, epilog=f"Example: budgetline {name} {example}", rich_help_panel=_MAKE)(
+        command
+    )
+
+
+def _stage(name: str, help_text: str, per_tier: bool) -> None:
+    """A command for one stage of an existing run."""
+
+    def work(out: Path, *tier: str | None) -> None:
+        with _friendly(), _opened(out, None, "command line") as opened:
+            from pipeline import flow
+
+            stage: Callable[..., Any] = getattr(flow, f"{name}_stage")
+            stage(opened, *tier)
+
+    def for_one_tier(out: RunFolderOption, tier: TierName = None) -> None:
+        work(out, tier)
+
+    def for_all(out: RunFolderOption) -> None:
+        work(out)
+
+    register = app.command(
+        name, help=help_text, epilog=f"Example: budgetline {name} --out exports/digits", rich_help_panel=_MAKE
+    )
+    register(for_one_tier if per_tier else for_all)
+
+
+def _run_all(opened: Run) -> Json | None:
+    from pipeline.flow import run_all
+
+    return run_all(opened)
+
+
+def _profile(opened: Run) -> Json | None:
+    from pipeline.flow import profile_stage
+
+    profile_stage(opened)
+    return None
+
+
+_starter(
+    "run",
+    _run_all,
+    "Search once, retrain, export, measure and write the manifest; in an existing folder, go on.",
+    "--data image-folder:photos --profile profiles/cpu-1thread.yaml --out exports/photos",
+)
+_starter(
+    "profile",
+    _profile,
+    "Start a run: measure the space on the devices and make the budgets absolute.",
+    "--data cifar10 --profile cpu-1thread --out exports/c10",
+)
+_stage("search", "One search for all tiers of all devices.", per_tier=False)
+_stage("derive", "One architecture per tier, timed on the device and tried briefly.", per_tier=True)
+_stage("retrain", "Train each tier's network from scratch.", per_tier=True)
+_stage("export", "Write ONNX files, prove them equal, assess on the test split.", per_tier=True)
+_stage("measure", "Time the files that ship on the device.", per_tier=True)
+_stage("report", "Write manifest.json and report.html from the records.", per_tier=False)
+
+
+def _flags(
+    profile: list[str] | None,
+    data: str | None,
+    method: str | None,
+    space: str | None,
+    evaluator: str | None,
+    seed: int | None,
+    device: str | None,
+) -> Json:
+    flags = {
+        "profiles": profile,
+        "data": data,
+        "method": method,
+        "space": space,
+        "evaluator": evaluator,
+        "seed": seed,
+        "device": device,
+    }
+    return {key: value for key, value in flags.items() if value not in (None, [])}
+
+
+def _wanted(config: Path | None, flags: Json, settings: list[str]) -> tuple[Json | None, str]:
+    """The run as file and flags describe it, None when neither says anything; and where that stands."""
+    from pipeline.config import read_config
+
+    wanted = {} if config is None else read_config(config)
+    for key, value in flags.items():
+        section = wanted.get(key)
+        same = isinstance(section, dict) and section.get("name") == value
+        wanted[key] = section if same else value
+    for setting in settings:
+        _assign(wanted, setting)
+    where = str(config) if config is not None else "command line"
+    return (wanted if config is not None or flags or settings else None), where
+
+
+def _assign(wanted: Json, setting: str) -> None:
+    import yaml
+
+    path, equals, text = setting.partition("=")
+    keys = path.split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"--set {setting}: expected KEY=VALUE such as retrain.epochs=5")
+    section = wanted
+    for key in keys[:-1]:
+        inner = section.get(key)
+        section[key] = {"name": inner} if isinstance(inner, str) else dict(inner or _default_section(key))
+        section = section[key]
+    try:
+        section[keys[-1]] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {setting}: '{text}' is not a YAML value") from None
+
+
+def _default_section(key: str) -> Json:
+    from pipeline.config import DEFAULTS
+
+    default = DEFAULTS.get(key, {})
+    return {"name": default} if isinstance(default, str) else {}
+
+
+def _default_name(config: Path | None, wanted: Json | None) -> str:
+    if config is not None:
+        return config.stem
+    data = (wanted or {}).get("data", "digits")
+    name = data.get("name", "digits") if isinstance(data, dict) else str(data)
+    return Path(name.partition(":")[2] or name).name or "run"
+
+
+@contextmanager
+def _opened(root: Path, wanted: Json | None, where: str) -> Iterator[Run]:
+    from pipeline.artifacts import RunFolder
+    from pipeline.flow import open_run, prepare_compute
+    from pipeline.ui import progress_for
+
+    progress = progress_for(_console())
+    with RunFolder(root).locked():
+        opened = open_run(root, wanted, where, progress)
+        prepare_compute(opened)
+        yield opened
+
+
+# ---------------------------------------------------------------------------------------------- using a family
+
+
+@app.command("list", rich_help_panel=_USE, epilog="Example: budgetline list exports")
+def list_runs(
+    folder: Annotated[Path, typer.Argument(help="A run, or a folder of runs.")] = EXPORTS,
+    as_json: AsJson = False,
+) -> None:
+    """The runs in a folder and their tiers."""
+    with _friendly():
+        from pipeline.report.manifest import MANIFEST, read_manifest
+
+        if not folder.is_dir():
+            raise ConfigError(f"{folder}: is no folder; give a run's folder or the one that holds runs")
+        roots = (
+            [folder]
+            if (folder / MANIFEST).is_file()
+            else [p.parent for p in sorted(folder.glob(f"*/{MANIFEST}"))]
+        )
+        manifests = {root: read_manifest(root) for root in roots}
+        if as_json:
+            typer.echo(json.dumps([{"path": str(root), **m} for root, m in manifests.items()]))
+            return
+        if not manifests:
+            typer.echo(f"no finished run in {folder}; make one with `budgetline run`")
+        for root, manifest in manifests.items():
+            _print_family(manifest, root)
+
+
+@app.command(rich_help_panel=_USE, epilog="Example: budgetline verify exports/digits")
+def verify(
+    run_folder: RunArgument,
+    device: Annotated[str | None, typer.Option(help="Only this device's tiers.")] = None,
+    remeasure: Annotated[bool, typer.Option(help="Measure latency budgets again on this machine.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Check a family: hashes, schema, logits on stored samples, budgets. Exit 1 where one fails."""
+    with _friendly():
+        from dataclasses import asdict
+
+        from pipeline.report.verify import failed
+        from pipeline.report.verify import verify as check
+
+        results = check(run_folder, device=device, remeasure=remeasure)
+        if as_json:
+            typer.echo(json.dumps([asdict(result) for result in results]))
+        else:
+            _print_checks(results)
+        if failed(results):
+            raise typer.Exit(1)
+
+
+@app.command(
+    rich_help_panel=_USE, epilog="Example: budgetline select exports/digits --latency-ms 1.0 --params 300k"
+)
+def select(
+    run_folder: RunArgument,
+    latency_ms: Annotated[str | None, typer.Option(help="Milliseconds, or with a unit: 600us.")] = None,
+    params: Annotated[str | None, typer.Option(help="Parameters: 300k.")] = None,
+    flops: Annotated[str | None, typer.Option(help="FLOPs (one multiply-add is one): 12M.")] = None,
+    weight_bytes: Annotated[str | None, typer.Option(help="Bytes of weights: 1.5MiB.")] = None,
+    device: Annotated[str | None, typer.Option(help="Whose measurements count.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the path of the most accurate model within the limits. Exit 1 if none fits."""
+    with _friendly():
+        from pipeline.report.manifest import read_manifest
+        from pipeline.report.select import nearest
+        from pipeline.report.select import select as choose
+        from pipeline.units import format_value, parse_value
+
+        asked = {"latency_ms": latency_ms, "params": params, "flops": flops, "weight_bytes": weight_bytes}
+        limits = {metric: parse_value(metric, text) for metric, text in asked.items() if text is not None}
+        manifest = read_manifest(run_folder)
+        tier = choose(manifest, limits, device)
+        if tier is None:
+            for metric in limits:
+                best = nearest(manifest, metric, device)
+                least = format_value(metric, best["measured"][metric])
+                typer.echo(f"nothing fits; the least {metric} is {least} (tier {best['name']})", err=True)
+            raise typer.Exit(1)
+        path = run_folder / tier["answer"]
+        typer.echo(json.dumps({"path": str(path), **tier}) if as_json else str(path))
+
+
+@app.command(rich_help_panel=_USE, epilog="Example: budgetline doctor")
+def doctor(as_json: AsJson = False) -> None:
+    """Which providers really open here, what clashes, threads and versions. Exit 1 where something is broken."""
+    with _friendly():
+        from dataclasses import asdict
+
+        from pipeline.devices.environment import doctor as examine
+
+        checks = examine()
+        if as_json:
+            typer.echo(json.dumps([asdict(check) for check in checks]))
+        else:
+            _print_doctor(checks)
+        if any(check.status == "fail" for check in checks):
+            raise typer.Exit(1)
+
+
+# ---------------------------------------------------------------------------------------------------- printing
+
+
+def _print_family(manifest: Json, root: Path) -> None:
+    from rich.table import Table
+
+    from pipeline.units import format_value
+
+    table = Table(title=f"{manifest['run']}: {manifest['data']['name']}", title_justify="left")
+    table.add_column("tier")
+    for heading in ("budget", "p50", "p95", "params", "FLOPs", "test accuracy", "file"):
+        table.add_column(heading, justify="right")
+    for tier in manifest["tiers"]:
+        file = next(f for f in tier["files"] if f["path"] == tier["answer"])
+        latency = file["latency"] or {}
+        times = [
+            format_value("latency_ms", latency[k]) if k in latency else "–" for k in ("p50_ms", "p95_ms")
+        ]
+        table.add_row(
+            tier["name"] if len(manifest["profiles"]) == 1 else f"{tier['device']}/{tier['name']}",
+            ", ".join(format_value(metric, limit) for metric, limit in tier["budgets"].items()),
+            *times,
+            format_value("params", tier["params"]),
+            format_value("flops", tier["flops"]),
+            f"{100 * tier['accuracy']['test']:.2f} %",
+            format_value("weight_bytes", file["bytes"]),
+        )
+    console = _console(to_stderr=False)
+    console.print(table)
+    console.print(f"manifest  {root / 'manifest.json'}", highlight=False, soft_wrap=True)
+    console.print(f"report    {root / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _print_checks(results: Any) -> None:
+    from rich.table import Table
+
+    table = Table()
+    for heading in ("tier", "check", "", "wanted", "came"):
+        table.add_column(heading)
+    marks = {True: "ok", False: "FAILED", None: "skipped"}
+    for result in results:
+        table.add_row(result.tier, result.check, marks[result.ok], result.wanted, result.came)
+    _console(to_stderr=False).print(table)
+
+
+def _print_doctor(checks: Any) -> None:
+    from rich.table import Table
+
+    table = Table()
+    for heading in ("check", "", "what", "what to do"):
+        table.add_column(heading)
+    for check in checks:
+        table.add_row(check.name, check.status, check.message, check.remedy)
+    _console(to_stderr=False).print(table)

@@ -1,0 +1,214 @@
+"""What a run was asked for: strict YAML and flags, resolved through the catalogues. Only flow.py takes a RunConfig.
+
+A plug-in is named by a word (`space: mbconv`) or by a mapping with its settings beside the name
+(`space: {name: mbconv, size: tiny}`). Everything that is left out has a default, and the resolved configuration
+that lands in `run.yaml` states them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from pipeline.data import DATA
+from pipeline.derive import DeriveSettings
+from pipeline.devices.profile import DeviceProfile, load_profile, read_strict_yaml
+from pipeline.errors import ConfigError, ProfileError
+from pipeline.evaluators import EVALUATORS
+from pipeline.search import METHODS
+from pipeline.settings import Settings, parse_settings, pick
+from pipeline.spaces import SPACES
+from pipeline.train.recipe import Recipe
+from pipeline.types import Json
+
+
+class SearchSettings(Settings):
+    """`warm_up` optimiser steps come before the distributions move; `evaluations` is how many architectures'
+    losses are asked for after it; `fit_samples` how many architectures share a step (one per tier if unset);
+    `calibration` how many networks are timed to fit a device's latency predictor."""
+
+    warm_up: int = Field(600, ge=0)
+    evaluations: int = Field(3200, ge=1)
+    fit_samples: int | None = Field(None, ge=1)
+    calibration: int = Field(30, ge=8)
+
+
+class ExportSettings(Settings):
+    """`parity_images` test images are compared in both runtimes; `samples` of them are stored for `verify`."""
+
+    parity_images: int = Field(1000, ge=1)
+    samples: int = Field(16, ge=1)
+
+
+@dataclass(frozen=True)
+class PlugIn:
+    """A catalogue's entry and its settings."""
+
+    name: str
+    settings: Settings
+
+    def to_json(self) -> Json:
+        return {"name": self.name, **self.settings.model_dump(mode="json")}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """`data.name` may carry a path: `image-folder:PATH`. `device` is torch's name of where training computes."""
+
+    profiles: tuple[DeviceProfile, ...]
+    data: PlugIn
+    space: PlugIn
+    method: PlugIn
+    evaluator: PlugIn
+    search: SearchSettings
+    derive: DeriveSettings
+    retrain: Recipe
+    export: ExportSettings
+    seed: int
+    device: str
+
+    def to_json(self) -> Json:
+        """Everything, defaults included; `parse` reads it back to an equal value."""
+        return {
+            "seed": self.seed,
+            "device": self.device,
+            "data": self.data.to_json(),
+            "profiles": [profile.model_dump(mode="json", exclude_unset=True) for profile in self.profiles],
+            "space": self.space.to_json(),
+            "method": self.method.to_json(),
+            "evaluator": self.evaluator.to_json(),
+            "search": self.search.model_dump(mode="json"),
+            "derive": self.derive.model_dump(mode="json"),
+            "retrain": self.retrain.model_dump(mode="json"),
+            "export": self.export.model_dump(mode="json"),
+        }
+
+
+DEFAULTS: Json = {
+    "seed": 0,
+    "device": "cpu",
+    "data": "digits",
+    "profiles": ["cpu"],
+    "space": "mbconv",
+    "method": "importance",
+    "evaluator": "one-shot",
+    "search": {},
+    "derive": {},
+    "retrain": {},
+    "export": {},
+}
+
+
+def read_config(path: Path) -> Json:
+    """The mapping in a run's YAML file."""
+    values = read_strict_yaml(path)
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: is not a run: expected keys such as {', '.join(DEFAULTS)}")
+    return values
+
+
+def parse(values: Mapping[str, Any], where: str) -> RunConfig:
+    """Resolve a run. `where` names the file or the flags for messages. Raises ConfigError or ProfileError."""
+    unknown = sorted(set(values) - set(DEFAULTS))
+    if unknown:
+        raise ConfigError(f"{where}: unknown key '{unknown[0]}'; valid keys: {', '.join(DEFAULTS)}")
+    values = {**DEFAULTS, **values}
+    profiles = _profiles(values["profiles"], where)
+    return RunConfig(
+        profiles=profiles,
+        data=_data(values["data"], where),
+        space=_space(values["space"], profiles, where),
+        method=_method(values["method"], where),
+        evaluator=_evaluator(values["evaluator"], where),
+        search=parse_settings(SearchSettings, _mapping(values, "search", where), f"{where}: search"),
+        derive=parse_settings(DeriveSettings, _mapping(values, "derive", where), f"{where}: derive"),
+        retrain=parse_settings(Recipe, _mapping(values, "retrain", where), f"{where}: retrain"),
+        export=parse_settings(ExportSettings, _mapping(values, "export", where), f"{where}: export"),
+        seed=_seed(values["seed"], where),
+        device=_device(values["device"], where),
+    )
+
+
+def _mapping(values: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    found = values[key]
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"{where}: '{key}' is {found!r}; expected a mapping of settings")
+    return found
+
+
+def _named(value: object, key: str, where: str) -> tuple[str, dict[str, Any]]:
+    """Name and settings of a plug-in section."""
+    if isinstance(value, str):
+        return value, {}
+    if isinstance(value, Mapping) and isinstance(value.get("name"), str):
+        return value["name"], {k: v for k, v in value.items() if k != "name"}
+    raise ConfigError(
+        f"{where}: '{key}' is {value!r}; expected a name, or a mapping with 'name' and settings"
+    )
+
+
+def _data(value: object, where: str) -> PlugIn:
+    name, options = _named(value, "data", where)
+    source = pick(DATA, name.partition(":")[0], "data set")
+    return PlugIn(name, parse_settings(source.settings, options, f"{where}: data"))
+
+
+def _space(value: object, profiles: tuple[DeviceProfile, ...], where: str) -> PlugIn:
+    """A space's lane block and operations follow the profiles where the run does not state them."""
+    name, options = _named(value, "space", where)
+    entry = pick(SPACES, name, "space")
+    if "lane" in entry.settings.model_fields:
+        options.setdefault("lane", max(profile.lane for profile in profiles))
+    wanted = next((profile.operations for profile in profiles if profile.operations), None)
+    if wanted and "operations" in entry.settings.model_fields:
+        options.setdefault("operations", wanted)
+    return PlugIn(name, parse_settings(entry.settings, options, f"{where}: space"))
+
+
+def _method(value: object, where: str) -> PlugIn:
+    name, options = _named(value, "method", where)
+    method = pick(METHODS, name, "method")
+    return PlugIn(name, parse_settings(method.config, options, f"{where}: method"))
+
+
+def _evaluator(value: object, where: str) -> PlugIn:
+    name, options = _named(value, "evaluator", where)
+    entry = pick(EVALUATORS, name, "evaluator")()
+    return PlugIn(name, parse_settings(entry.settings, options, f"{where}: evaluator"))
+
+
+def _profiles(value: object, where: str) -> tuple[DeviceProfile, ...]:
+    items = value if isinstance(value, list) else [value]
+    profiles = tuple(_profile(item, where) for item in items)
+    names = [profile.name for profile in profiles]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice or not profiles:
+        problem = f"profile '{twice[0]}' is there twice" if twice else "no profile"
+        raise ConfigError(f"{where}: {problem}; name each device once")
+    return profiles
+
+
+def _profile(item: object, where: str) -> DeviceProfile:
+    if isinstance(item, str):
+        return load_profile(item)
+    if isinstance(item, Mapping):
+        return parse_settings(DeviceProfile, item, f"{where}: profiles", ProfileError)
+    raise ConfigError(f"{where}: a profile is {item!r}; expected a file, a name, or a mapping")
+
+
+def _seed(value: object, where: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
+        raise ConfigError(f"{where}: 'seed' is {value!r}; expected a whole number from 0 to 2147483647")
+    return value
+
+
+def _device(value: object, where: str) -> str:
+    if not isinstance(value, str) or value.partition(":")[0] not in ("cpu", "cuda"):
+        raise ConfigError(f"{where}: 'device' is {value!r}; expected cpu, cuda or cuda:N")
+    return value

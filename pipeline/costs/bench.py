@@ -1,0 +1,116 @@
+"""Timing members of a space on one device, against the reference network that its cost table was made with.
+
+Every value is a ratio to that reference times its nominal latency, so that what is timed today can be compared
+with a table made last week. Untrained members are remembered by content: the same network is not timed twice, and
+a run that was interrupted decides as it would have. Files that ship are always timed.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from pipeline.artifacts import read_json, sha256_json, write_json
+from pipeline.costs.latency import VERSION
+from pipeline.costs.table import LatencyModel, Measure, export_for_timing, untrained
+from pipeline.deploy.export import export_onnx
+from pipeline.devices.profile import DeviceProfile
+from pipeline.errors import RunFolderError
+from pipeline.spaces.base import SearchSpace
+from pipeline.types import Arch, Json, LatencyRecord, Progress
+
+ROUNDS = 8
+Write = Callable[[Arch, Path], None]
+
+
+class Bench:
+    """One device's stopwatch. `environment` names what else decides a latency here (processor, runtime)."""
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        profile: DeviceProfile,
+        model: LatencyModel,
+        *,
+        cache_dir: Path,
+        environment: Json,
+        measure: Measure,
+        progress: Progress,
+    ) -> None:
+        self.space, self.profile, self.model = space, profile, model
+        self.measure, self.progress = measure, progress
+        identity = [
+            space.fingerprint(),
+            profile.fingerprint(),
+            profile.opset,
+            environment,
+            model.reference.to_json(),
+            model.reference_ms,
+            VERSION,
+        ]
+        self.folder = cache_dir / f"timings-{sha256_json(identity)[:16]}"
+
+    def time(self, archs: Sequence[Arch]) -> list[LatencyRecord]:
+        """Untrained networks, in the form that is quick to write and runs at the same speed."""
+        return self._timed(archs, "quick", self._write_quick)
+
+    def time_as_shipped(self, arch: Arch) -> LatencyRecord:
+        """An untrained network as its trained one will ship: same exporter, same batch."""
+        return self._timed([arch], "shipped", self._write_as_shipped)[0]
+
+    def time_files(self, files: Sequence[Path]) -> list[LatencyRecord]:
+        """ONNX files as they are."""
+        with tempfile.TemporaryDirectory(prefix="budgetline-bench-") as folder:
+            return self._against_reference(files, Path(folder))
+
+    def write_reference(self, path: Path) -> None:
+        """The reference network, for whoever wants to measure against it later."""
+        self._write_quick(self.model.reference, path)
+
+    def _timed(self, archs: Sequence[Arch], form: str, write: Write) -> list[LatencyRecord]:
+        known = {arch: record for arch in archs if (record := self._remembered(arch, form)) is not None}
+        unknown = [arch for arch in dict.fromkeys(archs) if arch not in known]
+        if unknown:
+            with tempfile.TemporaryDirectory(prefix="budgetline-bench-") as folder:
+                files = [Path(folder) / f"{arch.key}.onnx" for arch in unknown]
+                for arch, file in zip(unknown, files, strict=True):
+                    write(arch, file)
+                records = self._against_reference(files, Path(folder))
+            for arch, record in zip(unknown, records, strict=True):
+                write_json(self._path(arch, form), asdict(record))
+                known[arch] = record
+        return [known[arch] for arch in archs]
+
+    def _against_reference(self, files: Sequence[Path], folder: Path) -> list[LatencyRecord]:
+        reference = folder / "reference.onnx"
+        self.write_reference(reference)
+        return self.measure(
+            files,
+            reference,
+            self.profile.runtime(),
+            rounds=ROUNDS,
+            seed=0,
+            reference_nominal_ms=self.model.reference_ms,
+            progress=self.progress,
+        )
+
+    def _path(self, arch: Arch, form: str) -> Path:
+        return self.folder / f"{arch.key}-{form}.json"
+
+    def _remembered(self, arch: Arch, form: str) -> LatencyRecord | None:
+        """A cache entry that cannot be used is no error: it is measured again."""
+        try:
+            return LatencyRecord(**read_json(self._path(arch, form)))
+        except (RunFolderError, TypeError):
+            return None
+
+    def _write_quick(self, arch: Arch, path: Path) -> None:
+        export_for_timing(self.space, arch, path, self.profile, seed=0)
+
+    def _write_as_shipped(self, arch: Arch, path: Path) -> None:
+        network = untrained(self.space, arch, seed=0)
+        batch = 1 if self.profile.batch == 1 else None
+        shape = self.space.image_shape
+        export_onnx(network, path, image_shape=shape, batch=batch, opset=self.profile.opset, metadata={})

@@ -1,0 +1,328 @@
+"""The cost table of a space on a device: counted metrics, and latency predicted from a few measured networks.
+
+Built once per space, profile and machine, and cached as JSON under a content hash of all of them.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from pipeline.artifacts import read_json, sha256_json, write_json
+from pipeline.costs.counts import flops, summarise
+from pipeline.costs.latency import (
+    VERSION,
+    HeldOutError,
+    LatencyPredictor,
+    choose_calibration,
+    held_out_error,
+)
+from pipeline.deploy.export import export_skeleton
+from pipeline.devices.hardware import cpu_model, gpu_models
+from pipeline.devices.profile import DeviceProfile
+from pipeline.devices.session import CPU, RuntimeSettings
+from pipeline.errors import CorruptArtifact, RunFolderError, StaleArtifact
+from pipeline.spaces.base import SearchSpace
+from pipeline.types import Arch, FloatArray, Json, LatencyRecord, Layer, Progress
+
+if TYPE_CHECKING:
+    from torch import nn
+
+COUNTED = ("params", "flops", "weight_bytes")
+LATENCY = "latency_ms"
+MEASURING_ROUNDS = 6
+CALIBRATION_SPREAD = 0.3
+"""Lets a disturbed network pass: the fit weighs it against two dozen others, and the held-out error tells."""
+
+
+class Measure(Protocol):
+    """`pipeline.devices.measure.measure`: times ONNX files by the protocol, one record per file, in order.
+
+    A record's context tells under `reference` what the reference took meanwhile (`now_ms`)."""
+
+    def __call__(
+        self,
+        models: Sequence[Path],
+        reference: Path | None,
+        settings: RuntimeSettings,
+        *,
+        rounds: int,
+        seed: int,
+        reference_nominal_ms: float | None = None,
+        max_spread: float = ...,
+        progress: Progress | None = None,
+    ) -> list[LatencyRecord]: ...
+
+
+# ------------------------------------------------------------------------------------------- measured latency
+
+
+@dataclass(frozen=True)
+class LatencyModel:
+    """A predictor, what it was fitted to, and how well it does on networks it did not see.
+
+    `reference` is the mid-cost network that is timed in every round; `reference_ms`, its latency while the
+    others were measured, is what later measurements are rescaled to."""
+
+    predictor: LatencyPredictor
+    archs: tuple[Arch, ...]
+    measured_ms: tuple[float, ...]
+    held_out: HeldOutError
+    reference: Arch
+    reference_ms: float
+
+    @classmethod
+    def fit(
+        cls,
+        space: SearchSpace,
+        archs: Sequence[Arch],
+        measured_ms: Sequence[float],
+        lane: int,
+        reference: Arch,
+        reference_ms: float,
+    ) -> LatencyModel:
+        networks = [space.layers(arch) for arch in archs]
+        latency_ms = np.asarray(measured_ms, dtype=np.float64)
+        return cls(
+            predictor=LatencyPredictor.fit(networks, latency_ms, lane=lane),
+            archs=tuple(archs),
+            measured_ms=tuple(float(x) for x in measured_ms),
+            held_out=held_out_error(networks, latency_ms, lane=lane),
+            reference=reference,
+            reference_ms=reference_ms,
+        )
+
+    def with_measurements(
+        self, space: SearchSpace, archs: Sequence[Arch], measured_ms: Sequence[float]
+    ) -> LatencyModel:
+        """Fit again with more networks, timed against the same reference; a new value replaces an old."""
+        known = dict(zip(self.archs, self.measured_ms, strict=True))
+        known.update(zip(archs, measured_ms, strict=True))
+        return LatencyModel.fit(
+            space, list(known), list(known.values()), self.predictor.lane, self.reference, self.reference_ms
+        )
+
+    def to_json(self) -> Json:
+        return {
+            "predictor": self.predictor.to_json(),
+            "networks": [[list(a.choices), ms] for a, ms in zip(self.archs, self.measured_ms, strict=True)],
+            "held_out": self.held_out.to_json(),
+            "reference": {**self.reference.to_json(), LATENCY: self.reference_ms},
+        }
+
+    @classmethod
+    def from_json(cls, record: Json) -> LatencyModel:
+        reference = Arch.from_json(record["reference"])
+        return cls(
+            predictor=LatencyPredictor.from_json(record["predictor"]),
+            archs=tuple(Arch(reference.space, tuple(map(int, choices))) for choices, _ in record["networks"]),
+            measured_ms=tuple(float(ms) for _, ms in record["networks"]),
+            held_out=HeldOutError(**record["held_out"]),
+            reference=reference,
+            reference_ms=float(record["reference"][LATENCY]),
+        )
+
+
+# -------------------------------------------------------------------------------------------------- the table
+
+
+class SpaceCosts:
+    """Costs of a space's networks, worked out operator by operator and remembered. A `CostTable`.
+
+    `latency` is None where the profile has no device: then only what can be counted is known."""
+
+    def __init__(self, space: SearchSpace, latency: LatencyModel | None) -> None:
+        self.space = space
+        self.latency = latency
+        self.metrics: tuple[str, ...] = COUNTED if latency is None else (*COUNTED, LATENCY)
+        self._constant = 0.0 if latency is None else latency.predictor.constant_ms
+        self._rows: dict[Arch, tuple[float, ...]] = {}
+        self._layers: dict[Layer, tuple[float, ...]] = {}
+
+    @property
+    def additive(self) -> FloatArray | None:
+        """None: an operator's cost depends on the width of the stage before, so slots do not add up."""
+        return None
+
+    def of(self, archs: Sequence[Arch]) -> FloatArray:
+        """Costs, shape (N, M). Raises ConfigError for an architecture of another space."""
+        rows = [self._rows.get(arch) or self._row(arch) for arch in archs]
+        return np.array(rows, dtype=np.float64).reshape(len(archs), len(self.metrics))
+
+    def _row(self, arch: Arch) -> tuple[float, ...]:
+        known = self._layers
+        layers = self.space.layers(arch)
+        costs = [known.get(layer) or self._layer_costs(layer) for layer in layers]
+        row = [float(sum(column)) for column in zip(*costs, strict=True)]
+        if self.latency is not None:
+            row[-1] += self._constant
+        self._rows[arch] = tuple(row)
+        return self._rows[arch]
+
+    def _layer_costs(self, layer: Layer) -> tuple[float, ...]:
+        counted = tuple(float(count) for count in summarise([layer]))
+        share = () if self.latency is None else (self.latency.predictor.layer_ms(layer),)
+        self._layers[layer] = (*counted, *share)
+        return self._layers[layer]
+
+    def to_json(self) -> Json:
+        return {
+            "space": self.space.fingerprint(),
+            "metrics": list(self.metrics),
+            "latency": None if self.latency is None else self.latency.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, record: Json, space: SearchSpace) -> SpaceCosts:
+        """Raises StaleArtifact when the record is of another space, CorruptArtifact when it is incomplete."""
+        try:
+            of_space, latency = record["space"], record["latency"]
+            model = None if latency is None else LatencyModel.from_json(latency)
+        except (KeyError, TypeError, ValueError, AttributeError) as failure:
+            raise CorruptArtifact(
+                f"a cost table's record is incomplete ({failure!r}); remove it to remake it"
+            ) from None
+        if sha256_json(of_space) != sha256_json(space.fingerprint()):
+            raise StaleArtifact(
+                "a cost table was made for another space or other space settings; remove it to remake it"
+            )
+        return cls(space, model)
+
+
+# ----------------------------------------------------------------------------------------------- building one
+
+
+def build_cost_table(
+    space: SearchSpace,
+    profile: DeviceProfile,
+    *,
+    cache_dir: Path,
+    measure: Measure,
+    seed: int,
+    progress: Progress,
+    networks: int = 24,
+    environment: Json | None = None,
+) -> tuple[SpaceCosts, Json]:
+    """The table and the record of how it came to be, from `cache_dir` where the same was built before.
+
+    `environment` names what else decides a latency, for the cache's key; by default this machine's
+    processors and ONNX Runtime's version. `networks` are measured where the profile has a device. The record
+    holds `SpaceCosts.to_json` beside what it is of (`identity`), every measurement, the seed, the seconds,
+    and whether it came from the cache.
+    """
+    identity: Json = {
+        "space": space.fingerprint(),
+        "profile": profile.fingerprint(),
+        "environment": this_machine(profile) if environment is None else environment,
+        "lane": profile.lane,
+        "networks": networks if profile.measures_latency else 0,
+        "version": VERSION,
+    }
+    path = cache_dir / f"costs-{sha256_json(identity)[:16]}.json"
+    cached = _cached(path, identity, space)
+    if cached is not None:
+        return cached
+    started = time.perf_counter()
+    latency: LatencyModel | None = None
+    records: list[LatencyRecord] = []
+    if profile.measures_latency:
+        latency, records = _measured(space, profile, networks, measure, seed, progress)
+    table = SpaceCosts(space, latency)
+    record: Json = {
+        **table.to_json(),
+        "identity": identity,
+        "seed": seed,
+        "seconds": time.perf_counter() - started,
+        "from_cache": False,
+        "measurements": [asdict(measured) for measured in records],
+    }
+    write_json(path, record)
+    return table, record
+
+
+def this_machine(profile: DeviceProfile) -> Json:
+    """What decides a latency besides the profile; nothing where the profile has no device."""
+    if not profile.measures_latency:
+        return {}
+    import onnxruntime
+
+    gpus = [] if profile.provider == CPU else list(gpu_models())
+    return {"cpu": cpu_model(), "gpus": gpus, "onnxruntime": onnxruntime.__version__}
+
+
+def _cached(path: Path, identity: Json, space: SearchSpace) -> tuple[SpaceCosts, Json] | None:
+    """A cache entry that cannot be used is no error: it is made again."""
+    try:
+        record = read_json(path)
+        if not isinstance(record, dict) or record.get("identity") != identity:
+            return None
+        return SpaceCosts.from_json(record, space), {**record, "from_cache": True}
+    except RunFolderError:
+        return None
+
+
+def _measured(
+    space: SearchSpace,
+    profile: DeviceProfile,
+    networks: int,
+    measure: Measure,
+    seed: int,
+    progress: Progress,
+) -> tuple[LatencyModel, list[LatencyRecord]]:
+    archs = choose_calibration(space, networks, np.random.default_rng(seed))
+    reference = _mid_cost(archs, space)
+    with tempfile.TemporaryDirectory(prefix="budgetline-costs-") as folder:
+        files = [Path(folder) / f"{arch.key}.onnx" for arch in archs]
+        with progress.track("writing calibration networks", len(archs)) as advance:
+            for arch, file in zip(archs, files, strict=True):
+                export_for_timing(space, arch, file, profile, seed=seed)
+                advance(1, "")
+        records = measure(
+            files,
+            files[archs.index(reference)],
+            profile.runtime(),
+            rounds=MEASURING_ROUNDS,
+            seed=seed,
+            max_spread=CALIBRATION_SPREAD,
+            progress=progress,
+        )
+    measured_ms = [record.latency_ms for record in records]
+    reference_ms = float(records[0].context["reference"]["now_ms"])
+    return LatencyModel.fit(space, archs, measured_ms, profile.lane, reference, reference_ms), records
+
+
+def export_for_timing(
+    space: SearchSpace, arch: Arch, path: Path, profile: DeviceProfile, *, seed: int
+) -> None:
+    """An untrained member as a file that is only timed; the same seed gives the same file."""
+    network = untrained(space, arch, seed=seed)
+    export_skeleton(network, path, image_shape=space.image_shape, batch=profile.batch, opset=profile.opset)
+
+
+def untrained(space: SearchSpace, arch: Arch, *, seed: int) -> nn.Module:
+    """A member that runs at the speed of a trained one; torch's global generator is left as it was.
+
+    Fresh shifts and statistics are all alike, and an exporter leaves out what is zero and merges what is equal:
+    such a file is 2 to 3 % faster than the trained network's. So they are made distinct here."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        network = space.build(arch)
+        for value in network.state_dict().values():
+            if value.dtype.is_floating_point and bool((value == value.flatten()[0]).all()):
+                value.add_(0.1 * torch.randn_like(value).clamp(-3, 3))
+    return network
+
+
+def _mid_cost(archs: Sequence[Arch], space: SearchSpace) -> Arch:
+    cost = {arch: flops(space.layers(arch)) for arch in archs}
+    middle = statistics.median_low(sorted(cost.values()))
+    return next(arch for arch in archs if cost[arch] == middle)

@@ -1,0 +1,60 @@
+"""An image classification task: images, three disjoint splits, and batches addressed by step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.types import IntArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Split = Literal["weights", "architecture", "test"]
+
+
+class ImageSource(Protocol):
+    """Images by index, all of one shape (height, width, channels), as uint8."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
+    @property
+    def labels(self) -> IntArray: ...
+    def read(self, indices: IntArray) -> NDArray[np.uint8]:
+        """Shape (N, H, W, C)."""
+        ...
+
+
+@dataclass(frozen=True)
+class ImageTask:
+    """`name` is what the user asked for (`cifar10`, `image-folder:PATH`); `fingerprint` is a content hash
+    over images, labels and splits. `mean` and `std` are per channel, of the weights split, in 0..1."""
+
+    name: str
+    classes: tuple[str, ...]
+    source: ImageSource
+    splits: dict[Split, IntArray]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    flip: bool
+    crop_padding: int
+    fingerprint: str
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        height, width, channels = self.source.shape
+        return channels, height, width
+
+
+class BatchStream(Protocol):
+    """Batches addressed by a step number: the same step gives the same batch, in any process, at any time."""
+
+    @property
+    def steps_per_epoch(self) -> int: ...
+    def at(self, step: int) -> tuple[Tensor, Tensor]:
+        """Normalised float32 images (N, C, H, W), channels-last in memory, and int64 labels (N,)."""
+        ...

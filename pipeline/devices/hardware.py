@@ -1,0 +1,115 @@
+"""What this machine is made of, asked of the operating system alone (standard library, Python >= 3.9)."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+CPU_FOLDER = Path("/sys/devices/system/cpu")
+_WATCH_SECONDS = 0.2
+
+
+def usable_cores() -> tuple[int, ...]:
+    """The cores this process may run on, in ascending order (all of them where the system cannot say)."""
+    if hasattr(os, "sched_getaffinity"):
+        return tuple(sorted(os.sched_getaffinity(0)))
+    return tuple(range(os.cpu_count() or 1))
+
+
+def quiet_cores(count: int) -> tuple[int, ...]:
+    """`count` of the usable cores to measure on: the fastest kind first, one thread per physical core before
+    its siblings, then the ones that do least at this moment."""
+    cores = usable_cores()
+    if count >= len(cores):
+        return cores
+    busy = _busy_seconds(cores)
+    best = sorted(cores, key=lambda core: (-_speed(core), _is_sibling(core, cores), busy[core]))
+    return tuple(sorted(best[:count]))
+
+
+def _speed(core: int) -> int:
+    """Relative speed of a core where kinds differ (big and little ones); equal numbers where they do not."""
+    for name in ("cpu_capacity", "cpufreq/cpuinfo_max_freq"):
+        text = _read(CPU_FOLDER / f"cpu{core}" / name)
+        if text.isdigit():
+            return int(text)
+    return 0
+
+
+def _is_sibling(core: int, cores: Sequence[int]) -> bool:
+    """Whether a lower-numbered usable core is the same physical one."""
+    text = _read(CPU_FOLDER / f"cpu{core}" / "topology" / "thread_siblings_list")
+    return any(other < core for other in _numbers(text) if other in cores)
+
+
+def _numbers(text: str) -> list[int]:
+    """`0,4-6` → [0, 4, 5, 6]."""
+    found: list[int] = []
+    for part in filter(None, text.split(",")):
+        first, _, last = part.partition("-")
+        found.extend(range(int(first), int(last or first) + 1))
+    return found
+
+
+def _busy_seconds(cores: Sequence[int]) -> dict[int, float]:
+    """How long each core worked for others over the next 0.2 s; zeros where the system does not say."""
+    before = _busy_ticks()
+    if not before:
+        return dict.fromkeys(cores, 0.0)
+    time.sleep(_WATCH_SECONDS)
+    after = _busy_ticks()
+    tick = 1 / os.sysconf("SC_CLK_TCK")
+    return {core: (after.get(core, 0) - before.get(core, 0)) * tick for core in cores}
+
+
+def _busy_ticks() -> dict[int, int]:
+    """Per core, clock ticks not spent idle (columns 4 and 5 of /proc/stat are idle and waiting for input)."""
+    rows = [line.split() for line in _read(Path("/proc/stat")).splitlines() if line.startswith("cpu")]
+    return {
+        int(name[3:]): sum(int(x) for x in ticks) - int(ticks[3]) - int(ticks[4])
+        for name, *ticks in rows
+        if name[3:].isdigit()
+    }
+
+
+def cpu_model() -> str:
+    """The processor's name, as precise as the system gives it."""
+    for line in _read(Path("/proc/cpuinfo")).splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("model name", "Model", "Hardware"):
+            return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def gpu_models() -> tuple[str, ...]:
+    """Names of the NVIDIA GPUs, by nvidia-smi; empty when there is none or it does not answer in 5 s."""
+    try:
+        answer = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    return tuple(line.strip() for line in answer.stdout.splitlines() if line.strip())
+
+
+def load_average() -> float | None:
+    """Runnable processes over the last minute; None where the system does not count them."""
+    try:
+        return round(os.getloadavg()[0], 2)
+    except (AttributeError, OSError):
+        return None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,252 @@
+"""A device profile: how networks run on one device, and the budget tiers wanted there."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.devices.hardware import usable_cores
+from pipeline.devices.session import CPU, PROVIDERS, OptionValue, RuntimeSettings
+from pipeline.errors import ConfigError, ProfileError
+from pipeline.settings import Settings, parse_settings
+from pipeline.types import Json, Limit, Tier
+from pipeline.units import parse_limit
+
+PROFILES = Path("profiles")
+
+NO_DEVICE = "none"
+"""The provider of a profile that limits only what can be counted."""
+
+_FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}[A-Za-z0-9_-]|[A-Za-z0-9]")
+_STAGE_FOLDERS = ("costs", "search")  # beside the device folders in a run
+
+
+class TierSettings(Settings):
+    """One tier: a name (it becomes a folder) and its limits, metric → value with unit or percentage."""
+
+    name: str
+    limits: dict[str, Any]
+
+    @field_validator("name")
+    @classmethod
+    def _is_folder_name(cls, name: str) -> str:
+        return _folder_name(name)
+
+
+class DeviceProfile(Settings):
+    """How networks run on one device, and what its tiers are.
+
+    `provider` is an execution provider of ONNX Runtime (short or full name), or `none` for no device at
+    all. `threads: null` means every core the process may use. `lane` is the block of channels that the
+    device computes at a time: widths are multiples of it. `operations` names the block types a space may
+    use; None leaves it to the space."""
+
+    name: str
+    description: str = ""
+    provider: str = CPU
+    provider_options: dict[str, OptionValue] = Field(default_factory=dict)
+    threads: int | None = Field(default=1, gt=0)
+    spinning: bool = True
+    batch: int = Field(default=1, gt=0)
+    precision: str = "fp32"
+    opset: int = Field(default=20, ge=18, le=23)
+    lane: int = Field(default=16, gt=0)
+    operations: tuple[str, ...] | None = None
+    tiers: tuple[TierSettings, ...] = Field(min_length=1)
+
+    @field_validator("name")
+    @classmethod
+    def _is_folder_name(cls, name: str) -> str:
+        if name.lower() in _STAGE_FOLDERS:
+            raise ValueError("is the name of a stage's folder in a run; choose another")
+        return _folder_name(name)
+
+    @field_validator("provider")
+    @classmethod
+    def _is_provider(cls, provider: str) -> str:
+        return canonical_provider(provider)
+
+    @field_validator("precision")
+    @classmethod
+    def _is_known_precision(cls, precision: str) -> str:
+        if precision != "fp32":
+            raise ValueError("only 'fp32' is supported so far")
+        return precision
+
+    @field_validator("operations")
+    @classmethod
+    def _are_operations(cls, operations: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if operations is not None and (not operations or len(set(operations)) < len(operations)):
+            raise ValueError("give at least one operation, each once, or leave it out for the space's own")
+        return operations
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> DeviceProfile:
+        if self.provider == CPU and self.provider_options:
+            raise ValueError("'provider_options' has no effect with the CPU provider; remove it")
+        if self.provider == NO_DEVICE:
+            self._refuse_device_fields()
+        try:
+            tiers = self.tiers_of()
+        except ConfigError as wrong:
+            raise ValueError(str(wrong)) from None
+        _refuse_contradictions(tiers)
+        if self.provider == NO_DEVICE and self.limits("latency_ms"):
+            raise ValueError(
+                "a tier limits 'latency' but 'provider' is none: name a provider, or limit something else"
+            )
+        return self
+
+    def _refuse_device_fields(self) -> None:
+        idle = {"provider_options", "threads", "spinning", "batch"} & self.model_fields_set
+        if idle:
+            raise ValueError(
+                f"'{min(idle)}' has no effect without a provider ('provider' is none); remove it"
+            )
+
+    @property
+    def measures_latency(self) -> bool:
+        """Whether there is a device to measure on. Without one, no tier limits latency."""
+        return self.provider != NO_DEVICE
+
+    def limits(self, metric: str) -> bool:
+        """Whether any tier limits `metric`."""
+        return any(limit.metric == metric for tier in self.tiers_of() for limit in tier.limits)
+
+    def tiers_of(self) -> tuple[Tier, ...]:
+        """The tiers in the file's order; relative limits still are relative."""
+        return tuple(
+            Tier(self.name, tier.name, _limits_of(tier, f"tiers[{index}] ('{tier.name}')"))
+            for index, tier in enumerate(self.tiers)
+        )
+
+    def with_tiers(self, tiers: Mapping[str, Mapping[str, object]]) -> DeviceProfile:
+        """The same device with other tiers: tier name → metric → value with its unit. Raises ProfileError."""
+        values = self.model_dump(exclude_unset=True)
+        values["tiers"] = [{"name": name, "limits": dict(limits)} for name, limits in tiers.items()]
+        return parse_settings(DeviceProfile, values, f"profile '{self.name}'", ProfileError)
+
+    def runtime(self) -> RuntimeSettings:
+        """How to run a network here, `threads: null` resolved to this process' cores.
+
+        Raises ProfileError when there is no device."""
+        if not self.measures_latency:
+            raise ProfileError(f"profile '{self.name}' has no device to measure on ('provider' is none)")
+        return RuntimeSettings(
+            provider=self.provider,
+            provider_options=self.provider_options,
+            threads=self.threads or len(usable_cores()),
+            spinning=self.spinning,
+            batch=self.batch,
+            precision=self.precision,
+        )
+
+    def fingerprint(self) -> Json:
+        """Everything of the profile that decides a latency."""
+        return self.runtime().to_json() if self.measures_latency else {"provider": NO_DEVICE}
+
+
+def canonical_provider(name: str) -> str:
+    """ONNX Runtime's name of a provider given by its short or full name. Raises ValueError."""
+    if name.lower() == NO_DEVICE:
+        return NO_DEVICE
+    if name.lower() in PROVIDERS:
+        return PROVIDERS[name.lower()]
+    known = {full.lower(): full for full in PROVIDERS.values()}
+    if name.lower() in known or re.fullmatch(r"[A-Za-z0-9]+ExecutionProvider", name):
+        return known.get(name.lower(), name)
+    close = difflib.get_close_matches(name.lower(), [*PROVIDERS, NO_DEVICE], n=1)
+    hint = f" (did you mean '{close[0]}'?)" if close else ""
+    raise ValueError(
+        f"unknown provider{hint}; there are {', '.join(PROVIDERS)}, none, or a full name such as {CPU}"
+    )
+
+
+def load_profile(path_or_name: str | Path, folder: Path = PROFILES) -> DeviceProfile:
+    """The profile in a YAML file, or the one of that name in `folder`. Without `name` it takes the file's.
+
+    Raises ProfileError naming file and field."""
+    path = _find(path_or_name, folder)
+    values = read_strict_yaml(path, ProfileError)
+    if not isinstance(values, dict):
+        raise ProfileError(f"{path}: is not a profile: expected keys such as 'provider' and 'tiers'")
+    return parse_settings(DeviceProfile, {"name": path.stem, **values}, str(path), ProfileError)
+
+
+def _find(path_or_name: str | Path, folder: Path) -> Path:
+    path = Path(path_or_name)
+    if path.is_file():
+        return path
+    named = folder / f"{path_or_name}.yaml"
+    if path.name == str(path_or_name) and named.is_file():
+        return named
+    known = sorted(found.stem for found in folder.glob("*.yaml"))
+    there = f"profiles in {folder}/: {', '.join(known)}" if known else f"there are no profiles in {folder}/"
+    raise ProfileError(f"no profile '{path_or_name}': neither a file nor a name; {there}")
+
+
+# ----------------------------------------------------------------------------------------------------- checks
+
+
+def _folder_name(name: str) -> str:
+    if not _FOLDER_NAME.fullmatch(name):
+        raise ValueError("becomes a folder: at most 64 letters, digits, '-', '_' and '.', no dot at its ends")
+    return name
+
+
+def _limits_of(tier: TierSettings, where: str) -> tuple[Limit, ...]:
+    if not tier.limits:
+        raise ConfigError(f"{where} has no limits; give at least one, for example 'latency: 0.6 ms'")
+    return tuple(parse_limit(quantity, text, f"{where}.limits") for quantity, text in tier.limits.items())
+
+
+def _refuse_contradictions(tiers: tuple[Tier, ...]) -> None:
+    names: dict[str, str] = {}
+    asked: dict[Hashable, str] = {}
+    for tier in tiers:
+        folder = tier.name.lower()
+        if folder in names:
+            raise ValueError(
+                f"tiers '{names[folder]}' and '{tier.name}' have the same name (case does not count)"
+            )
+        limits = frozenset((limit.metric, limit.value, limit.relative) for limit in tier.limits)
+        if limits in asked:
+            raise ValueError(f"tiers '{asked[limits]}' and '{tier.name}' have the same limits; remove one")
+        names[folder], asked[limits] = tier.name, tier.name
+
+
+# ------------------------------------------------------------------------------------------------------- YAML
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML that refuses a key written twice in one mapping (plain YAML silently keeps the last)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key '{key.value}' is there twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_strict_yaml(path: Path, error: type[ConfigError] = ConfigError) -> Any:
+    """What a person's YAML file holds; raises `error` naming file, line and reason."""
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # a subclass of SafeLoader
+    except OSError as failure:
+        raise error(f"{path}: cannot be read ({failure.strerror or failure})") from None
+    except UnicodeDecodeError:
+        raise error(f"{path}: is not text in UTF-8") from None
+    except yaml.YAMLError as failure:
+        mark = getattr(failure, "problem_mark", None)
+        line = f"line {mark.line + 1}: " if mark else ""
+        raise error(f"{path}: {line}{getattr(failure, 'problem', None) or failure}") from None

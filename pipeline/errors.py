@@ -1,0 +1,70 @@
+"""The error tree.
+
+    BudgetlineError            a message for the user; the command line prints it and exits 2
+    ├── ConfigError            a setting, flag or name is wrong
+    │   └── ProfileError       … in a device profile
+    ├── DataError              images cannot be used as asked
+    ├── InfeasibleBudget       no architecture of the space keeps a tier's budget
+    ├── BudgetMissed           a finished network was measured over its budget
+    ├── ProviderError          an execution provider cannot be opened, or is not the one asked for
+    ├── MeasurementError       the machine is too disturbed to measure with the asked precision
+    ├── ExportError            a network could not be written as ONNX
+    │   └── ParityError        … or the file does not compute what the network computes
+    ├── DivergedTraining       a loss is not a number
+    ├── RunFolderError         the run folder cannot be used
+    │   ├── RunLocked          … another process works on it
+    │   ├── StaleArtifact      … a file was made from inputs that have changed
+    │   └── CorruptArtifact    … a file is unreadable or not what its record says
+    └── StorageError           writing failed: no space left, no permission
+
+A message says what was wanted, what came, where (file and field), and what to do.
+"""
+
+
+class BudgetlineError(Exception):
+    """Root of every error that is the user's to read."""
+
+
+class ConfigError(BudgetlineError): ...
+
+
+class ProfileError(ConfigError): ...
+
+
+class DataError(BudgetlineError): ...
+
+
+class InfeasibleBudget(BudgetlineError): ...
+
+
+class BudgetMissed(BudgetlineError): ...
+
+
+class ProviderError(BudgetlineError): ...
+
+
+class MeasurementError(BudgetlineError): ...
+
+
+class ExportError(BudgetlineError): ...
+
+
+class ParityError(ExportError): ...
+
+
+class DivergedTraining(BudgetlineError): ...
+
+
+class RunFolderError(BudgetlineError): ...
+
+
+class RunLocked(RunFolderError): ...
+
+
+class StaleArtifact(RunFolderError): ...
+
+
+class CorruptArtifact(RunFolderError): ...
+
+
+class StorageError(BudgetlineError): ...

@@ -1,0 +1,861 @@
+"""The spine: the stages of a run, top to bottom. Each reads what is on disk, calls a room, writes what it made.
+
+    profile   the space's costs on each device, and the tiers' budgets as absolute numbers     costs/<device>.json
+    search    one search for all tiers of all devices                                          search/
+    derive    one architecture per tier: timed on the device, then tried, before any retraining   <tier>/arch.json
+    retrain   each from scratch                                                                <tier>/train.json
+    export    ONNX files, proven equal to the network; the test split is read here, once       <tier>/export.json
+    measure   latency of the file that ships, on the device                                    <tier>/measure.json
+    report    manifest.json and report.html
+
+A record is written last and atomically, and carries hashes of what it was made from: a stage whose record is there
+is done, and running again goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline import __version__
+from pipeline.artifacts import (
+    FileCheckpoint,
+    RunFolder,
+    read_arrays,
+    read_yaml,
+    replacing,
+    sha256_file,
+    sha256_json,
+    write_arrays,
+    write_bytes,
+    write_yaml,
+)
+from pipeline.config import RunConfig, parse
+from pipeline.costs.bench import Bench
+from pipeline.costs.budgets import resolve_tiers, usage_of_budgets
+from pipeline.costs.table import SpaceCosts, build_cost_table, export_for_timing
+from pipeline.data import cache_folder, load_task
+from pipeline.data.base import ImageTask
+from pipeline.derive import Deriver, Trial, Usage, rank_correlation
+from pipeline.devices.environment import describe_environment, package_versions, timing_environment
+from pipeline.devices.measure import measure
+from pipeline.devices.profile import DeviceProfile
+from pipeline.errors import BudgetMissed, ConfigError, RunFolderError, StaleArtifact
+from pipeline.evaluators import EVALUATORS
+from pipeline.report.html import render_report
+from pipeline.report.manifest import build_manifest, file_entry, tier_entry, write_manifest
+from pipeline.search import METHODS
+from pipeline.search.base import SearchProblem
+from pipeline.spaces import SPACES
+from pipeline.spaces.base import SearchSpace
+from pipeline.types import Arch, Evaluator, Json, LatencyRecord, Progress, Tier
+from pipeline.units import format_value
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+RUN_FILE = "run.yaml"
+
+
+# ------------------------------------------------------------------------------------------------------ a run
+
+
+@dataclass
+class Run:
+    """A run in progress: its folder, what was asked for, and what several stages need and is made only once."""
+
+    folder: RunFolder
+    config: RunConfig
+    progress: Progress
+    cache: Path = field(default_factory=cache_folder)
+
+    @cached_property
+    def task(self) -> ImageTask:
+        data = self.config.data
+        return load_task(
+            data.name, seed=0, settings=data.settings.model_dump(exclude_unset=True), progress=self.progress
+        )
+
+    @cached_property
+    def space(self) -> SearchSpace:
+        entry = SPACES[self.config.space.name]
+        return entry.make(self.task.image_shape, len(self.task.classes), self.config.space.settings)
+
+    def bench(self, profile: DeviceProfile) -> Bench:
+        """The device's stopwatch; its profile must have one, and the profile stage must be done."""
+        model = self.costs[profile.name].latency
+        assert model is not None
+        return Bench(
+            self.space,
+            profile,
+            model,
+            cache_dir=self.cache / "costs",
+            environment=timing_environment(),
+            measure=measure,
+            progress=self.progress,
+        )
+
+    def costs_path(self, device: str) -> Path:
+        return self.folder.path("costs", f"{device}.json")
+
+    @cached_property
+    def costs(self) -> dict[str, SpaceCosts]:
+        records = {p.name: self.done(self.costs_path(p.name), "profile") for p in self.config.profiles}
+        return {name: SpaceCosts.from_json(record["table"], self.space) for name, record in records.items()}
+
+    @cached_property
+    def tiers(self) -> tuple[Tier, ...]:
+        """All devices' tiers with absolute limits, in the order of the profiles."""
+        records = [self.done(self.costs_path(profile.name), "profile") for profile in self.config.profiles]
+        return tuple(Tier.from_json(tier) for record in records for tier in record["tiers"])
+
+    def profile(self, device: str) -> DeviceProfile:
+        return next(profile for profile in self.config.profiles if profile.name == device)
+
+    def tier_path(self, tier: Tier, name: str) -> Path:
+        return self.folder.path(tier.device, tier.name, name)
+
+    def done(self, path: Path, stage: str) -> Json:
+        """The record of a stage that must have run."""
+        record = self.folder.read_record(path)
+        if record is None:
+            raise RunFolderError(
+                f"{path}: not there; run `budgetline {stage} --out {self.folder.root}` first"
+            )
+        return record
+
+    @cached_property
+    def input_hashes(self) -> dict[str, str]:
+        """What everything in the run was made from."""
+        return {"space": sha256_json(self.space.fingerprint()), "data": self.task.fingerprint}
+
+    @contextmanager
+    def timed(self) -> Iterator[Callable[[], float]]:
+        started = time.perf_counter()
+        yield lambda: round(time.perf_counter() - started, 3)
+
+
+def open_run(root: Path, wanted: Json | None, where: str, progress: Progress) -> Run:
+    """The run in folder `root`: as its run.yaml says, or, in a new folder, as `wanted` says.
+
+    Raises StaleArtifact where the folder holds a run that was asked for otherwise."""
+    folder = RunFolder(root)
+    path = folder.path(RUN_FILE)
+    asked = None if wanted is None else parse(wanted, where)
+    if path.exists():
+        there = parse(_without_header(read_yaml(path), path), str(path))
+        if asked is not None and asked != there:
+            changed = [k for k, v in asked.to_json().items() if v != there.to_json()[k]]
+            raise StaleArtifact(
+                f"{root}: holds a run with another {', '.join(changed)}; choose another --out, "
+                "or leave the flags out to go on with it"
+            )
+        return Run(folder, there, progress)
+    if asked is None:
+        raise RunFolderError(
+            f"{root}: holds no run ({RUN_FILE} is not there); start one with `budgetline run`"
+        )
+    write_yaml(path, {"budgetline": __version__, **asked.to_json()})
+    return Run(folder, asked, progress)
+
+
+def _without_header(values: Any, path: Path) -> Json:
+    if not isinstance(values, dict) or "budgetline" not in values:
+        raise RunFolderError(f"{path}: was not written by budgetline; choose another --out")
+    return {key: value for key, value in values.items() if key != "budgetline"}
+
+
+def prepare_compute(run: Run) -> None:
+    """Refuse a training device that is not there; make the one that is repeatable."""
+    import torch
+
+    if run.config.device.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise ConfigError(
+                f"device: {run.config.device} was asked for, but torch {torch.__version__} finds no usable GPU here; "
+                "use --device cpu, or see `budgetline doctor`"
+            )
+        torch.backends.cudnn.benchmark = True
+    torch.set_flush_denormal(True)
+
+
+# ---------------------------------------------------------------------------------------------------- profile
+
+
+def profile_stage(run: Run) -> None:
+    for profile in run.config.profiles:
+        path = run.costs_path(profile.name)
+        inputs = {"space": run.input_hashes["space"], "profile": sha256_json(profile.model_dump(mode="json"))}
+        if run.folder.read_record(path, inputs) is not None:
+            continue
+        with run.timed() as seconds:
+            table, how = build_cost_table(
+                run.space,
+                profile,
+                cache_dir=run.cache / "costs",
+                measure=measure,
+                environment=timing_environment(),
+                seed=run.config.seed,
+                networks=run.config.search.calibration,
+                progress=run.progress,
+            )
+            tiers = resolve_tiers(profile.tiers_of(), run.space, table)
+            reference = _write_reference(run, profile, table)
+        record = {
+            "table": table.to_json(),
+            "how": {key: value for key, value in how.items() if key not in ("space", "metrics", "latency")},
+            "reference": reference,
+            "tiers": [tier.to_json() for tier in tiers],
+        }
+        run.folder.write_record(path, {**record, "seconds": seconds()}, inputs)
+
+
+def _write_reference(run: Run, profile: DeviceProfile, table: SpaceCosts) -> Json | None:
+    """The network that everything on this device is timed against, for later measurements and for `verify`."""
+    if table.latency is None:
+        return None
+    path = run.folder.path("costs", f"{profile.name}.reference.onnx")
+    with replacing(path) as draft:
+        export_for_timing(run.space, table.latency.reference, draft, profile, seed=0)
+    return {
+        "path": path.relative_to(run.folder.root).as_posix(),
+        "sha256": sha256_file(path),
+        "nominal_ms": table.latency.reference_ms,
+    }
+
+
+def _cost_entry(record: Json) -> Json:
+    """How one device's costs came to be, for the manifest."""
+    latency = record["table"]["latency"]
+    if latency is None:
+        return {"source": "counted from the architectures; no device was measured", "reference": None}
+    count, cached = len(latency["networks"]), record["how"].get("from_cache")
+    source = f"least squares over operator counts of {count} networks measured on the device"
+    return {
+        "source": f"{source}{', from the cache' if cached else ''}",
+        "error": latency["held_out"],
+        "reference": record["reference"],
+    }
+
+
+# ----------------------------------------------------------------------------------------------------- search
+
+
+def search_stage(run: Run) -> None:
+    path = run.folder.path("search", "result.json")
+    config = run.config
+    inputs = {
+        **run.input_hashes,
+        **{f"costs of {p.name}": sha256_file(run.costs_path(p.name)) for p in config.profiles},
+        "method": sha256_json([config.method.to_json(), config.evaluator.to_json(), config.seed]),
+    }
+    if run.folder.read_record(path, inputs) is not None:
+        return
+    problem = _problem(run)
+    method = METHODS[config.method.name]
+    checkpoint = FileCheckpoint(run.folder.path("search", "state.npz"))
+    trace = _TraceFile(run.folder.path("search", "trace.jsonl"), checkpoint)
+    result = method.run(
+        problem, config.method.settings, checkpoint=checkpoint, trace=trace.write, progress=run.progress
+    )
+    write_arrays(run.folder.path("search", "evaluator.npz"), problem.evaluator.state())
+    run.folder.write_record(
+        path,
+        {
+            "method": result.method,
+            "seed": result.seed,
+            "evaluations": result.evaluations,
+            "seconds": round(result.seconds, 3),
+            "candidates": [[list(c.arch.choices), c.loss, c.evaluations] for c in result.candidates],
+            "theta": None if result.theta_KSC is None else np.round(result.theta_KSC, 6).tolist(),
+        },
+        inputs,
+    )
+    checkpoint.remove()
+
+
+def _problem(run: Run) -> SearchProblem:
+    search, tiers = run.config.search, run.tiers
+    return SearchProblem(
+        space=run.space,
+        costs=run.costs,
+        tiers=tiers,
+        evaluator=_evaluator(run),
+        evaluations=search.evaluations,
+        warm_up=search.warm_up,
+        fit_samples=search.fit_samples or len(tiers),
+        seed=run.config.seed,
+    )
+
+
+def _evaluator(run: Run) -> Evaluator:
+    search, plug_in = run.config.search, run.config.evaluator
+    make = EVALUATORS[plug_in.name]().make
+    return make(
+        run.space,
+        run.task,
+        plug_in.settings,
+        total_steps=search.warm_up + search.evaluations // (4 * len(run.tiers)),
+        seed=run.config.seed,
+        device=run.config.device,
+    )
+
+
+class _TraceFile:
+    """JSON lines; what a killed run wrote after its last checkpoint is dropped, since it will come again."""
+
+    def __init__(self, path: Path, checkpoint: FileCheckpoint) -> None:
+        self.path = path
+        saved = checkpoint.load()
+        finished = 0 if saved is None else int(saved[1]["iteration"])
+        write_bytes(path, "".join(f"{json.dumps(r)}\n" for r in read_trace(path)[:finished]).encode())
+
+    def write(self, record: Json) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(f"{json.dumps(record)}\n")
+
+
+def read_trace(path: Path) -> list[Json]:
+    """The whole lines of a trace; a line that a killed run left half-written ends it."""
+    records: list[Json] = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+    return records
+
+
+# ----------------------------------------------------------------------------------------------------- derive
+
+
+def derive_stage(run: Run, only: str | None = None) -> None:
+    result_path = run.folder.path("search", "result.json")
+    run.done(result_path, "search")
+    inputs = {"search": sha256_file(result_path), "derive": sha256_json(run.config.derive.model_dump())}
+    waiting = [
+        t for t in _chosen(run, only) if run.folder.read_record(run.tier_path(t, "arch.json"), inputs) is None
+    ]
+    if not waiting:
+        return
+    evaluator = _evaluator(run)
+    evaluator.load_state(read_arrays(run.folder.path("search", "evaluator.npz")))
+    pool = _candidate_pool(run)
+    for tier in waiting:
+        rng = np.random.default_rng([run.config.seed, 102, run.tiers.index(tier)])
+        with run.timed() as seconds:
+            arch, timed, trials = _deriver(run, tier, evaluator).derive(pool, _usage_of(run, tier), rng)
+        run.folder.write_record(
+            run.tier_path(tier, "arch.json"),
+            {
+                "arch": arch.to_json(),
+                "key": arch.key,
+                "description": run.space.describe(arch),
+                "predicted": _predicted(run, tier, arch),
+                "timed": None if timed is None else asdict(timed),
+                "trials": [trial.to_json() for trial in trials],
+                "seconds": seconds(),
+            },
+            inputs,
+        )
+
+
+def _deriver(run: Run, tier: Tier, evaluator: Evaluator) -> Deriver:
+    def refit(archs: Sequence[Arch], measured_ms: Sequence[float]) -> Usage:
+        model = run.costs[tier.device].latency
+        assert model is not None
+        better = SpaceCosts(run.space, model.with_measurements(run.space, archs, measured_ms))
+        return partial(usage_of_budgets, better, tier)
+
+    def try_accuracy(arch: Arch) -> float:
+        return _try_accuracy(run, tier, arch)
+
+    return Deriver(
+        tier=tier,
+        settings=run.config.derive,
+        evaluator=evaluator,
+        uniform=frozenset(run.space.uniform()),
+        device=run.bench(run.profile(tier.device)) if "latency_ms" in tier.budgets else None,
+        refit=refit,
+        try_accuracy=try_accuracy if run.config.derive.trial_epochs > 0 else None,
+        say=run.progress.say,
+    )
+
+
+def _usage_of(run: Run, tier: Tier) -> Usage:
+    return partial(usage_of_budgets, run.costs[tier.device], tier)
+
+
+def _chosen(run: Run, only: str | None) -> tuple[Tier, ...]:
+    """All tiers, or the one that `--tier` names by `name` or `device/name`."""
+    chosen = tuple(tier for tier in run.tiers if only in (None, tier.name, tier.key))
+    if not chosen:
+        there = ", ".join(tier.key for tier in run.tiers)
+        raise RunFolderError(f"{run.folder.root}: no tier '{only}'; there are: {there}")
+    return chosen
+
+
+def _candidate_pool(run: Run) -> list[Arch]:
+    """What the search has seen, what its distributions would draw, and the uniform members."""
+    record = run.done(run.folder.path("search", "result.json"), "search")
+    name, settings = run.space.name, run.config.derive
+    pool = [Arch(name, tuple(choices)) for choices, _, _ in record["candidates"]]
+    rng = np.random.default_rng([run.config.seed, 101])
+    for theta_SC in record["theta"] or []:
+        columns = [
+            rng.choice(len(slot.choices), size=settings.samples, p=_simplex(theta_C[: len(slot.choices)]))
+            for slot, theta_C in zip(run.space.slots, theta_SC, strict=True)
+        ]
+        pool += [Arch(name, tuple(row)) for row in np.stack(columns, axis=1).tolist()]
+    pool += run.space.uniform()
+    return list(dict.fromkeys(run.space.canonical(arch) for arch in pool))
+
+
+def _simplex(weights: Sequence[float]) -> Any:
+    share = np.asarray(weights, dtype=float)
+    return share / share.sum()
+
+
+def _predicted(run: Run, tier: Tier, arch: Arch) -> Json:
+    table = run.costs[tier.device]
+    return dict(zip(table.metrics, table.of([arch])[0].tolist(), strict=True))
+
+
+def _try_accuracy(run: Run, tier: Tier, arch: Arch) -> float:
+    """Accuracy on the architecture split after a brief training; kept on disk, so that it is paid for once."""
+    from pipeline.train.retrain import retrain
+
+    path = run.folder.path("search", "trials", f"{arch.key}.json")
+    recipe = run.config.retrain.model_copy(
+        update={"epochs": run.config.derive.trial_epochs, "start": "scratch", "distil": None}
+    )
+    inputs = {**run.input_hashes, "recipe": sha256_json([recipe.model_dump(mode="json"), run.config.seed])}
+    record = run.folder.read_record(path, inputs)
+    if record is None:
+        checkpoint = FileCheckpoint(path.with_suffix(".npz"))
+        trained = retrain(
+            _fresh(run, arch),
+            run.task,
+            recipe,
+            seed=run.config.seed,
+            checkpoint=checkpoint,
+            progress=run.progress,
+            label=f"trial for {tier.key}",
+            device=run.config.device,
+        )
+        record = {"arch": arch.to_json(), "accuracy": trained.accuracy / 100, "seconds": trained.seconds}
+        run.folder.write_record(path, record, inputs)
+        checkpoint.remove()
+    return float(record["accuracy"])
+
+
+def _fresh(run: Run, arch: Arch) -> nn.Module:
+    from pipeline.train.retrain import seeded
+
+    with seeded(run.config.seed):
+        return run.space.build(arch)
+
+
+# ---------------------------------------------------------------------------------------------------- retrain
+
+
+def retrain_stage(run: Run, only: str | None = None) -> None:
+    """Largest tier first, since it may be the others' teacher."""
+    from safetensors.torch import save
+
+    from pipeline.train.retrain import retrain
+
+    teacher: nn.Module | None = None
+    for tier in _largest_first(run, only):
+        path, weights = run.tier_path(tier, "train.json"), run.tier_path(tier, "weights.safetensors")
+        arch = _arch_of(run, tier)
+        inputs = {
+            **run.input_hashes,
+            "architecture": arch.key,
+            "recipe": sha256_json([run.config.retrain.model_dump(mode="json"), run.config.seed]),
+        }
+        if run.folder.read_record(path, inputs) is None:
+            checkpoint = FileCheckpoint(run.tier_path(tier, "training.npz"))
+            network = _first_weights(run, arch)
+            record = retrain(
+                network,
+                run.task,
+                run.config.retrain,
+                seed=run.config.seed,
+                checkpoint=checkpoint,
+                progress=run.progress,
+                label=f"retrain {tier.key}",
+                device=run.config.device,
+                teacher=teacher,
+            )
+            tensors = {name: value.contiguous().cpu() for name, value in network.state_dict().items()}
+            write_bytes(weights, save(tensors))
+            run.folder.write_record(path, {**record.to_json(), "sha256": sha256_file(weights)}, inputs)
+            checkpoint.remove()
+        if run.config.retrain.distil is not None and teacher is None:
+            teacher = _trained(run, tier)
+
+
+def _largest_first(run: Run, only: str | None) -> list[Tier]:
+    """By predicted multiply-adds; with distillation the largest is needed whatever was asked for."""
+    chosen = _chosen(run, only)
+    by_size = sorted(run.tiers, key=lambda tier: -_predicted(run, tier, _arch_of(run, tier))["flops"])
+    keep_first = run.config.retrain.distil is not None
+    return [tier for index, tier in enumerate(by_size) if tier in chosen or (index == 0 and keep_first)]
+
+
+def _arch_of(run: Run, tier: Tier) -> Arch:
+    return Arch.from_json(run.done(run.tier_path(tier, "arch.json"), "derive")["arch"])
+
+
+def _first_weights(run: Run, arch: Arch) -> nn.Module:
+    """Fresh weights, or, with `start: supernet`, the shared ones with batch norm settled on training images."""
+    if run.config.retrain.start == "scratch":
+        return _fresh(run, arch)
+    from pipeline.data.batches import Batches
+    from pipeline.evaluators.one_shot import OneShotEvaluator
+    from pipeline.train.ema import recalibrate
+
+    evaluator = _evaluator(run)
+    assert isinstance(evaluator, OneShotEvaluator)
+    evaluator.load_state(read_arrays(run.folder.path("search", "evaluator.npz")))
+    network = evaluator.supernet.extract(arch)
+    stream = Batches(run.task, "weights", 256, seed=run.config.seed, augment=False, drop_last=False)
+    recalibrate(network, stream, batches=min(20, stream.steps_per_epoch))
+    return network
+
+
+def _trained(run: Run, tier: Tier) -> nn.Module:
+    from safetensors.torch import load_file
+
+    network = _fresh(run, _arch_of(run, tier))
+    network.load_state_dict(load_file(run.tier_path(tier, "weights.safetensors")))
+    return network.eval()
+
+
+# ----------------------------------------------------------------------------------------------------- export
+
+
+def export_stage(run: Run, only: str | None = None) -> None:
+    """ONNX files, parity on test images, and the final assessment: the one place that reads the test split."""
+    from pipeline.data import held_out
+    from pipeline.deploy import check_parity, export_onnx, onnx_accuracy
+    from pipeline.train.assess import assess
+
+    for tier in _chosen(run, only):
+        train = run.done(run.tier_path(tier, "train.json"), "retrain")
+        inputs = {"weights": train["sha256"], "export": sha256_json(run.config.export.model_dump())}
+        path = run.tier_path(tier, "export.json")
+        if run.folder.read_record(path, inputs) is not None:
+            continue
+        run.progress.say(f"export {tier.key}")
+        with run.timed() as seconds:
+            network, settings = _trained(run, tier), run.config.export
+            profile = run.profile(tier.device)
+            images, _ = held_out.test_sample(run.task, settings.parity_images, seed=0)
+            files: Json = {}
+            for role, name, batch in (("onnx", "model.onnx", None), ("onnx-batch1", "model.batch1.onnx", 1)):
+                target = run.tier_path(tier, name)
+                exported = export_onnx(
+                    network,
+                    target,
+                    image_shape=run.space.image_shape,
+                    batch=batch,
+                    opset=profile.opset,
+                    metadata=_metadata(run, tier),
+                )
+                batches = images.numpy().reshape(-1, *run.space.image_shape)
+                parity = check_parity(network, target, [batches])
+                files[role] = {"name": name, "export": exported.to_json(), "parity": parity.to_json()}
+            write_arrays(run.tier_path(tier, "samples.npz"), _samples(network, images[: settings.samples]))
+            assessment = assess(network, run.task)
+            runtime = onnx_accuracy(
+                run.tier_path(tier, "model.onnx"),
+                ((x.numpy(), y.numpy()) for x, y in held_out.test_batches(run.task, 250)),
+            )
+        run.folder.write_record(
+            path,
+            {
+                "files": files,
+                "accuracy": {"test": assessment.accuracy / 100, "test_onnxruntime": runtime},
+                "test_images": assessment.images,
+                "seconds": seconds(),
+            },
+            inputs,
+        )
+
+
+def _samples(network: nn.Module, images: Any) -> dict[str, Any]:
+    import torch
+
+    with torch.inference_mode():
+        return {"images": images.contiguous().numpy(), "logits": network(images).numpy()}
+
+
+def _metadata(run: Run, tier: Tier) -> dict[str, str]:
+    """What travels inside the model file."""
+    task = run.task
+    return {
+        "classes": json.dumps(list(task.classes)),
+        "input": "(pixel / 255 - mean) / std per channel, N×C×H×W",
+        "mean": json.dumps(list(task.mean)),
+        "std": json.dumps(list(task.std)),
+        "tier": tier.name,
+        "profile": tier.device,
+        "run": run.folder.root.name,
+        "architecture": json.dumps(run.space.describe(_arch_of(run, tier))),
+        "data": task.name.partition(":")[0],
+        "license": "the weights follow the licence of the images they were trained on",
+        "producer": f"budgetline {__version__}",
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- measure
+
+
+def measure_stage(run: Run, only: str | None = None) -> None:
+    """Time the files that ship. A tier over its budget is refused."""
+    for profile in run.config.profiles:
+        waiting = []
+        for tier in (tier for tier in _chosen(run, only) if tier.device == profile.name):
+            export = run.done(run.tier_path(tier, "export.json"), "export")
+            inputs = {role: file["export"]["sha256"] for role, file in export["files"].items()}
+            if run.folder.read_record(run.tier_path(tier, "measure.json"), inputs) is None:
+                waiting.append((tier, inputs))
+        if not waiting:
+            continue
+        with run.timed() as seconds:
+            latencies = _time_shipped(run, profile, [tier for tier, _ in waiting])
+        for (tier, inputs), latency in zip(waiting, latencies, strict=True):
+            measured = _measured(run, tier, latency)
+            _refuse_over_budget(run, tier, measured)
+            run.folder.write_record(
+                run.tier_path(tier, "measure.json"),
+                {
+                    "measured": measured,
+                    "latency": None if latency is None else asdict(latency),
+                    "seconds": round(seconds() / len(waiting), 3),
+                },
+                inputs,
+            )
+
+
+def _time_shipped(run: Run, profile: DeviceProfile, tiers: Sequence[Tier]) -> list[LatencyRecord | None]:
+    """Latency of every tier's file. One that comes out over its budget is timed once more on its own: what
+    disturbs a machine makes networks slower, never faster."""
+    if not profile.measures_latency:
+        return [None] * len(tiers)
+    bench = run.bench(profile)
+    records = bench.time_files([run.tier_path(tier, _timed_file(profile)) for tier in tiers])
+    for index, (tier, record) in enumerate(zip(tiers, records, strict=True)):
+        if record.latency_ms > tier.budgets.get("latency_ms", math.inf):
+            again = bench.time_files([run.tier_path(tier, _timed_file(profile))])[0]
+            records[index] = min(record, again, key=lambda r: r.latency_ms)
+    return list(records)
+
+
+def _refuse_over_budget(run: Run, tier: Tier, measured: Mapping[str, float]) -> None:
+    for metric, limit in tier.budgets.items():
+        if measured[metric] > limit:
+            raise BudgetMissed(
+                f"tier {tier.key}: {metric} is {format_value(metric, measured[metric])}, budget "
+                f"{format_value(metric, limit)}, and the tier is not shipped; if the machine was busy run the same "
+                f"command again, else remove {run.tier_path(tier, 'arch.json').parent} and raise derive.guard"
+            )
+
+
+def _timed_file(profile: DeviceProfile) -> str:
+    """The static file where the device runs one image at a time."""
+    return "model.batch1.onnx" if profile.batch == 1 else "model.onnx"
+
+
+def _measured(run: Run, tier: Tier, latency: LatencyRecord | None) -> dict[str, float]:
+    """Counts are taken from the trained module: parameters as they are, FLOPs by fvcore."""
+    from pipeline.costs.counts import module_flops, module_params, summarise
+
+    network = _fresh(run, _arch_of(run, tier))
+    _, _, weight_bytes = summarise(run.space.layers(_arch_of(run, tier)))
+    measured = {
+        "params": module_params(network),
+        "flops": module_flops(network, run.space.image_shape),
+        "weight_bytes": weight_bytes,
+    }
+    return dict(measured) if latency is None else {"latency_ms": latency.latency_ms, **measured}
+
+
+# ----------------------------------------------------------------------------------------------------- report
+
+
+def report_stage(run: Run) -> Json:
+    """The manifest and the report, always made anew from the records."""
+    folder, config = run.folder, run.config
+    result = run.done(folder.path("search", "result.json"), "search")
+    costs = {p.name: run.done(run.costs_path(p.name), "profile") for p in config.profiles}
+    environment = describe_environment()
+    manifest = build_manifest(
+        run=folder.root.resolve().name,
+        created=datetime.now(UTC),
+        search={
+            "method": result["method"],
+            "seed": result["seed"],
+            "evaluations": result["evaluations"],
+            "seconds": result["seconds"],
+            "settings": {
+                "method": config.method.to_json(),
+                "evaluator": config.evaluator.to_json(),
+                **config.search.model_dump(mode="json"),
+            },
+            "ranking": _ranking(run),
+        },
+        data=_data_entry(run),
+        space={"name": run.space.name, "settings": run.space.fingerprint()},
+        profiles={p.name: {**p.model_dump(mode="json")} for p in config.profiles},
+        costs={name: _cost_entry(record) for name, record in costs.items()},
+        stages=_seconds_per_stage(run),
+        versions=package_versions(),
+        environment=environment,
+        tiers=[_tier_entry(run, tier) for tier in run.tiers],
+    )
+    write_manifest(folder.root, manifest)
+    trace = read_trace(folder.path("search", "trace.jsonl"))
+    write_bytes(folder.path("report.html"), render_report(manifest, trace).encode())
+    return manifest
+
+
+def _tier_entry(run: Run, tier: Tier) -> Json:
+    root = run.folder.root
+    arch = run.done(run.tier_path(tier, "arch.json"), "derive")
+    train = run.done(run.tier_path(tier, "train.json"), "retrain")
+    export = run.done(run.tier_path(tier, "export.json"), "export")
+    timing = run.done(run.tier_path(tier, "measure.json"), "measure")
+    latency = None if timing["latency"] is None else LatencyRecord(**timing["latency"])
+    timed = _timed_file(run.profile(tier.device))
+    files = [
+        file_entry(
+            root,
+            run.tier_path(tier, file["name"]),
+            role,
+            latency=latency if file["name"] == timed else None,
+            parity=file["parity"],
+            accuracy={"test": export["accuracy"]["test_onnxruntime"]} if role == "onnx" else None,
+        )
+        for role, file in export["files"].items()
+    ]
+    files.append(file_entry(root, run.tier_path(tier, "weights.safetensors"), "weights"))
+    files.append(file_entry(root, run.tier_path(tier, "samples.npz"), "samples"))
+    return tier_entry(
+        tier,
+        Arch.from_json(arch["arch"]),
+        description=arch["description"],
+        measured=timing["measured"],
+        predicted=arch["predicted"],
+        accuracy={"architecture": train["accuracy"] / 100, "test": export["accuracy"]["test"]},
+        training={
+            key: train[key] for key in ("epochs", "best_epoch", "seconds", "recipe", "images_per_second")
+        },
+        files=files,
+        answer=run.tier_path(tier, timed).relative_to(root).as_posix(),
+    )
+
+
+def _data_entry(run: Run) -> Json:
+    task = run.task
+    return {
+        "name": task.name,
+        "fingerprint": task.fingerprint,
+        "classes": task.classes,
+        "image_shape": task.image_shape,
+        "mean": task.mean,
+        "std": task.std,
+        "splits": {split: len(indices) for split, indices in task.splits.items()},
+    }
+
+
+def _ranking(run: Run) -> Json | None:
+    """How far the evaluator's order agrees with brief training inside the tiers' bands."""
+    tried: list[tuple[Tier, list[Trial]]] = []
+    for tier in run.tiers:
+        record = run.done(run.tier_path(tier, "arch.json"), "derive")
+        trials = [Trial.from_json(trial) for trial in record["trials"]]
+        tried.append((tier, [trial for trial in trials if trial.accuracy is not None]))
+    if not any(trials for _, trials in tried):
+        return None
+    groups = [([t.finalist.loss for t in ts], [t.accuracy or 0.0 for t in ts]) for _, ts in tried]
+    pooled = rank_correlation(groups)
+    trusted = pooled.rho is not None and pooled.rho >= run.config.derive.trusted_correlation
+    note = (
+        "the evaluator's order agrees with brief training inside the tiers' bands"
+        if trusted
+        else "too low or too few networks to trust the evaluator's order inside a tier's band; "
+        "each tier's choice rests on brief training of its finalists"
+    )
+    return {
+        "spearman": pooled.rho,
+        "interval": [pooled.low, pooled.high],
+        "n": pooled.networks,
+        "trusted": trusted,
+        "note": note,
+        "tiers": [
+            {
+                "device": tier.device,
+                "name": tier.name,
+                "spearman": rank_correlation([group]).rho,
+                "n": len(trials),
+            }
+            for (tier, trials), group in zip(tried, groups, strict=True)
+        ],
+        "points": [
+            {
+                "device": tier.device,
+                "name": tier.name,
+                "loss": t.finalist.loss,
+                "accuracy": t.accuracy,
+                "origin": t.finalist.origin,
+                "key": t.finalist.arch.key,
+            }
+            for tier, trials in tried
+            for t in trials
+        ],
+    }
+
+
+def _seconds_per_stage(run: Run) -> dict[str, float]:
+    """Working time, interruptions left out."""
+    seconds = {
+        "profile": sum(run.done(run.costs_path(p.name), "profile")["seconds"] for p in run.config.profiles),
+        "search": run.done(run.folder.path("search", "result.json"), "search")["seconds"],
+    }
+    for stage, name in (
+        ("derive", "arch"),
+        ("retrain", "train"),
+        ("export", "export"),
+        ("measure", "measure"),
+    ):
+        seconds[stage] = sum(run.done(run.tier_path(t, f"{name}.json"), stage)["seconds"] for t in run.tiers)
+    return {stage: round(value, 3) for stage, value in seconds.items()}
+
+
+# ---------------------------------------------------------------------------------------------------- all of it
+
+
+def run_all(run: Run) -> Json:
+    """From images to the manifest; goes on where an earlier call stopped."""
+    profile_stage(run)
+    search_stage(run)
+    derive_stage(run)
+    retrain_stage(run)
+    export_stage(run)
+    measure_stage(run)
+    return report_stage(run)

@@ -1,0 +1,74 @@
+"""Strict, frozen settings: an unknown key or a wrong value is a ConfigError that says what is valid."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.errors import ConfigError
+
+
+class Settings(BaseModel):
+    """Base of every settings model in the project."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+S = TypeVar("S", bound=Settings)
+T = TypeVar("T")
+
+
+def parse_settings(
+    model: type[S], values: Mapping[str, Any], where: str, error: type[ConfigError] = ConfigError
+) -> S:
+    """Build `model` from plain values. `where` names the file and the section for the message."""
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as invalid:
+        raise error(_explain(model, invalid.errors()[0], where)) from None
+
+
+def _explain(model: type[Settings], item: Mapping[str, Any], where: str) -> str:
+    path = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        names = sorted(_fields_at(model, item["loc"][:-1]))
+        hint = _nearest(str(item["loc"][-1]), names)
+        return f"{where}: unknown key '{path}'{hint}; valid keys: {', '.join(names)}"
+    if item["type"] == "missing":
+        return f"{where}: '{path}' is missing"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    return f"{where}: '{path}' is {item['input']!r}: {message}" if path else f"{where}: {message}"
+
+
+def _fields_at(model: type[BaseModel], path: tuple[Any, ...]) -> Iterable[str]:
+    for part in path:
+        found = model.model_fields.get(str(part))
+        inner = None if found is None else _model_in(found.annotation)
+        if inner is None:
+            break
+        model = inner
+    return model.model_fields
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The settings model of a field, through `| None` and containers."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((model for part in get_args(annotation) if (model := _model_in(part))), None)
+
+
+def _nearest(name: str, valid: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(valid), n=1)
+    return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def pick(catalogue: Mapping[str, T], name: str, what: str) -> T:
+    """An entry of a room's catalogue, or a ConfigError that lists what there is."""
+    if name not in catalogue:
+        raise ConfigError(
+            f"unknown {what} '{name}'{_nearest(name, catalogue)}; there are: {', '.join(sorted(catalogue))}"
+        )
+    return catalogue[name]

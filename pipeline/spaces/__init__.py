@@ -1,0 +1,22 @@
+"""Search spaces. A new one is one file and one line in `SPACES`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from pipeline.settings import Settings
+from pipeline.spaces.base import SearchSpace
+from pipeline.spaces.mbconv import MBConvSettings, MBConvSpace
+
+
+class SpaceEntry(NamedTuple):
+    """How to make a space: `make(image_shape, num_classes, settings)`."""
+
+    settings: type[Settings]
+    make: Callable[[tuple[int, int, int], int, Any], SearchSpace]
+
+
+SPACES: dict[str, SpaceEntry] = {
+    "mbconv": SpaceEntry(MBConvSettings, MBConvSpace),
+}

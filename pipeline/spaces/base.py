@@ -1,0 +1,60 @@
+"""What a search space is: slots, the networks they stand for, and the supernet that shares their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Protocol
+
+from pipeline.types import Arch, ChoiceSpace, Json, Layer
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class SearchSpace(ChoiceSpace, Protocol):
+    """A space of image classifiers. `image_shape` is (channels, height, width)."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]: ...
+    @property
+    def num_classes(self) -> int: ...
+    @property
+    def largest(self) -> Arch: ...
+    @property
+    def smallest(self) -> Arch: ...
+
+    def uniform(self) -> Iterator[Arch]:
+        """The members that make the same choice everywhere: what a person would try by hand."""
+        ...
+
+    def layers(self, arch: Arch) -> tuple[Layer, ...]:
+        """The deployed network, operator by operator, without building it."""
+        ...
+
+    def describe(self, arch: Arch) -> Json:
+        """The architecture in words and numbers, for people and for the manifest."""
+        ...
+
+    def build(self, arch: Arch) -> nn.Module:
+        """An ordinary module, freshly initialised from torch's global generator."""
+        ...
+
+    def supernet(self) -> Supernet: ...
+
+    def fingerprint(self) -> Json:
+        """Everything that decides what the architectures are; two spaces with the same one are the same."""
+        ...
+
+
+class Supernet(Protocol):
+    """A module that holds the weights of every member of a space."""
+
+    def module(self) -> nn.Module: ...
+
+    def forward(self, images: Tensor, arch: Arch) -> Tensor:
+        """Logits, shape (N, classes), of one member; batch norm with the statistics of this batch."""
+        ...
+
+    def extract(self, arch: Arch) -> nn.Module:
+        """`space.build(arch)` with a copy of the shared weights; the same outputs in training mode."""
+        ...

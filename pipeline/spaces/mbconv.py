@@ -1,0 +1,365 @@
+"""Inverted bottlenecks in stages (Sandler et al. 2018, arXiv 1801.04381), sized for small devices.
+
+Per stage: one operation (kernel × expansion), a depth, and a width in multiples of the device's lane block;
+then the width of the head. With `blockwise` every block has an operation of its own. Stage-wise is the
+default since a supernet that is trained for minutes can rank some hundred thousand networks but not 10^10.
+
+An operation is named by kind, kernel and expansion: `k5e3` expands by 3, then a depthwise 5×5, then projects;
+expansion 1 has no expanding convolution; `f3e3` is the fused form, a dense 3×3 in place of the first two.
+
+The supernet entangles weights (as in slimmable networks, Yu et al. 2018, arXiv 1812.08928, and
+once-for-all, Cai et al. 2019, arXiv 1908.09791): kernels are the centre of the largest, channels and depth
+prefixes of the largest, so that every step trains every member. Expansion 1 has its own weights: its
+depthwise kernel works on the block's input, not on expanded channels.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+from pydantic import field_validator
+
+from pipeline.errors import ConfigError
+from pipeline.settings import Settings
+from pipeline.types import Arch, Json, Layer, Slot
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pipeline.spaces.mbconv_modules import MBConvSupernet
+
+NAME = "mbconv"
+_OPERATION = re.compile(r"([kf])([357])e([1-9])")
+_LANES = 16  # the width unit that the tables below are written in
+
+
+class Size(NamedTuple):
+    """Widths (in 16 channels) and largest depth per stage, smallest to largest; stages beyond the input's are
+    not used."""
+
+    widths: tuple[tuple[int, ...], ...]
+    depths: tuple[int, ...]
+    head: tuple[int, ...]
+
+
+SIZES: dict[str, Size] = {
+    "tiny": Size(((1,), (2, 3), (4, 6), (6, 8), (8, 12)), (1, 2, 2, 2, 2), (4, 8)),
+    "small": Size(((1, 2), (2, 3, 4), (4, 6, 8), (6, 8, 12), (8, 12, 16)), (2, 4, 4, 4, 3), (4, 8, 16)),
+    "medium": Size(
+        ((2, 3, 4), (3, 5, 8), (6, 9, 14), (8, 12, 18), (12, 18, 24)), (3, 4, 6, 6, 4), (16, 32, 64)
+    ),
+    "large": Size(
+        ((2, 4, 6), (4, 6, 10), (8, 12, 18), (12, 16, 24), (16, 24, 32)), (4, 6, 8, 8, 5), (32, 64, 96)
+    ),
+}
+
+
+class MBConvSettings(Settings):
+    size: Literal["tiny", "small", "medium", "large"] = "small"
+    operations: tuple[str, ...] = ("k3e1", "k5e1", "k3e3", "k5e3")
+    lane: int = 16
+    blockwise: bool = False
+
+    @field_validator("operations")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        wrong = [name for name in names if not _OPERATION.fullmatch(name)]
+        if wrong or not names or len(set(names)) < len(names):
+            raise ValueError(
+                "operations must be distinct names such as k3e1, k5e3 or f3e3 "
+                "(kind k or f, kernel 3, 5 or 7, expansion 1 to 9)"
+            )
+        return names
+
+    @field_validator("lane")
+    @classmethod
+    def _positive(cls, lane: int) -> int:
+        if not 1 <= lane <= 128:
+            raise ValueError("a lane block has 1 to 128 channels")
+        return lane
+
+
+class Operation(NamedTuple):
+    kind: Literal["k", "f"]
+    kernel: int
+    expansion: int
+
+    @classmethod
+    def parse(cls, name: str) -> Operation:
+        match = _OPERATION.fullmatch(name)
+        assert match is not None
+        return cls("k" if match[1] == "k" else "f", int(match[2]), int(match[3]))
+
+    @property
+    def family(self) -> str:
+        """Operations of one family share weights in the supernet."""
+        return f"{self.kind}{'1' if self.expansion == 1 else 'n'}"
+
+    @property
+    def weight(self) -> tuple[int, int, int]:
+        """Orders operations by what they cost."""
+        dense = self.kernel**2 if self.kind == "f" else 1
+        return self.expansion * dense, self.kernel, self.expansion
+
+
+class Unit(NamedTuple):
+    """A convolution with batch norm, and a rectifier where `relu`."""
+
+    role: Literal["stem", "expand", "spatial", "project", "head"]
+    channels_in: int
+    channels_out: int
+    kernel: int
+    stride: int
+    depthwise: bool
+    relu: bool
+
+
+class Block(NamedTuple):
+    stage: int
+    position: int
+    family: str
+    units: tuple[Unit, ...]
+    residual: bool
+
+
+class Plan(NamedTuple):
+    """A network, unit by unit."""
+
+    stem: Unit
+    blocks: tuple[Block, ...]
+    head: Unit
+    num_classes: int
+
+
+def stage_strides(image_size: int) -> tuple[int, tuple[int, ...]]:
+    """Stride of the stem and of each stage, so that the last feature map is between 4 and 16 pixels wide.
+
+    >>> stage_strides(8), stage_strides(32), stage_strides(96), stage_strides(224)
+    ((1, (1, 2, 1)), (1, (1, 2, 2)), (2, (1, 2, 2)), (2, (1, 2, 2, 2, 2)))
+    """
+    halvings = max(1, int(np.log2(image_size / 7)))
+    stem = 2 if halvings >= 3 else 1
+    remaining = min(4, halvings - (stem == 2))
+    stages = max(3, remaining + 1)
+    return stem, (1,) + (2,) * remaining + (1,) * (stages - 1 - remaining)
+
+
+class MBConvSpace:
+    """The space for one input. Implements `pipeline.spaces.base.SearchSpace`."""
+
+    name = NAME
+
+    def __init__(
+        self, image_shape: tuple[int, int, int], num_classes: int, settings: MBConvSettings | None = None
+    ) -> None:
+        height, width = image_shape[1:]
+        if not 8 <= min(height, width) <= max(height, width) <= 512:
+            raise ConfigError(
+                f"space mbconv takes images of 8×8 to 512×512 pixels, not {height}×{width}; "
+                "set data image_size"
+            )
+        if height != width:
+            raise ConfigError(f"space mbconv takes square images, not {height}×{width}; set data image_size")
+        self.settings = settings or MBConvSettings()
+        self.image_shape = image_shape
+        self.num_classes = num_classes
+        self.stem_stride, self.strides = stage_strides(height)
+        self.operations = tuple(Operation.parse(name) for name in self.settings.operations)
+        size = SIZES[self.settings.size]
+        self.stem_width = self._in_lanes((1,))[0]
+        self.widths = tuple(self._in_lanes(widths) for widths in size.widths[: len(self.strides)])
+        self.depths = size.depths[: len(self.strides)]
+        self.head_widths = self._in_lanes(size.head)
+        self.slots = tuple(self._slots())
+        self._plan = lru_cache(maxsize=100_000)(self._make_plan)
+
+    def _in_lanes(self, units: tuple[int, ...]) -> tuple[int, ...]:
+        lane = self.settings.lane
+        return tuple(sorted({max(1, round(unit * _LANES / lane)) * lane for unit in units}))
+
+    def _slots(self) -> Iterator[Slot]:
+        names = self.settings.operations
+        for stage, (widths, depth) in enumerate(zip(self.widths, self.depths, strict=True), start=1):
+            if self.settings.blockwise:
+                for block in range(1, depth + 1):
+                    yield Slot(f"stage{stage}.block{block}.operation", names)
+            else:
+                yield Slot(f"stage{stage}.operation", names)
+            yield Slot(f"stage{stage}.depth", tuple(str(n) for n in range(1, depth + 1)))
+            yield Slot(f"stage{stage}.width", tuple(str(n) for n in widths))
+        yield Slot("head.width", tuple(str(n) for n in self.head_widths))
+
+    # ------------------------------------------------------------------------------------ choices
+
+    def _stages(self, arch: Arch) -> tuple[list[tuple[tuple[int, ...], int, int]], int]:
+        """Per stage (operation index of every possible block, depth index, width index); the head's index."""
+        choices = iter(arch.choices)
+        stages = []
+        for depth in self.depths:
+            count = depth if self.settings.blockwise else 1
+            operations = tuple(itertools.islice(choices, count)) * (1 if self.settings.blockwise else depth)
+            stages.append((operations, next(choices), next(choices)))
+        return stages, next(choices)
+
+    def _arch(self, stages: list[tuple[tuple[int, ...], int, int]], head: int) -> Arch:
+        choices: list[int] = []
+        for operations, depth, width in stages:
+            choices += [*(operations if self.settings.blockwise else operations[:1]), depth, width]
+        return Arch(self.name, (*choices, head))
+
+    def canonical(self, arch: Arch) -> Arch:
+        self._check(arch)
+        if not self.settings.blockwise:
+            return arch
+        stages, head = self._stages(arch)
+        alive = [
+            (tuple(op if block <= depth else 0 for block, op in enumerate(operations)), depth, width)
+            for operations, depth, width in stages
+        ]
+        return self._arch(alive, head)
+
+    def _check(self, arch: Arch) -> None:
+        fits = len(arch.choices) == len(self.slots) and all(
+            0 <= choice < len(slot.choices) for choice, slot in zip(arch.choices, self.slots, strict=True)
+        )
+        if arch.space != self.name or not fits:
+            raise ConfigError(
+                f"architecture {arch.space}{list(arch.choices)} is not of space {self.name} with choices "
+                f"{[len(slot.choices) for slot in self.slots]}; was it made with other space settings?"
+            )
+
+    def _uniform_member(self, operation: int, depth: float, width: float, head: float) -> Arch:
+        """Depth, width and head as shares of their ranges: 0 is the smallest choice, 1 the largest."""
+        stages = [
+            ((operation,) * most, round(depth * (most - 1)), round(width * (len(widths) - 1)))
+            for most, widths in zip(self.depths, self.widths, strict=True)
+        ]
+        return self.canonical(self._arch(stages, round(head * (len(self.head_widths) - 1))))
+
+    def uniform(self) -> Iterator[Arch]:
+        shares = (0.0, 0.34, 0.5, 0.67, 1.0)
+        members = itertools.product(range(len(self.operations)), shares, shares, shares)
+        yield from dict.fromkeys(self._uniform_member(*member) for member in members)
+
+    @property
+    def largest(self) -> Arch:
+        heaviest = max(range(len(self.operations)), key=lambda index: self.operations[index].weight)
+        return self._uniform_member(heaviest, 1.0, 1.0, 1.0)
+
+    @property
+    def smallest(self) -> Arch:
+        lightest = min(range(len(self.operations)), key=lambda index: self.operations[index].weight)
+        return self._uniform_member(lightest, 0.0, 0.0, 0.0)
+
+    # ------------------------------------------------------------------------------------ networks
+
+    def plan(self, arch: Arch) -> Plan:
+        return self._plan(arch)
+
+    def _make_plan(self, arch: Arch) -> Plan:
+        self._check(arch)
+        stages, head = self._stages(arch)
+        channels = self.stem_width
+        stem = Unit("stem", self.image_shape[0], channels, 3, self.stem_stride, depthwise=False, relu=True)
+        blocks: list[Block] = []
+        for stage, (operations, depth, width) in enumerate(stages):
+            channels_out = self.widths[stage][width]
+            for index in range(depth + 1):
+                stride = self.strides[stage] if index == 0 else 1
+                blocks.append(
+                    _block(stage, index, self.operations[operations[index]], channels, channels_out, stride)
+                )
+                channels = channels_out
+        last = Unit("head", channels, self.head_widths[head], 1, 1, depthwise=False, relu=True)
+        return Plan(stem, tuple(blocks), last, self.num_classes)
+
+    def layers(self, arch: Arch) -> tuple[Layer, ...]:
+        plan = self.plan(arch)
+        size = self.image_shape[1]
+        layers: list[Layer] = []
+
+        def convolve(unit: Unit) -> None:
+            nonlocal size
+            layers.append(_conv_layer(unit, size))
+            size = layers[-1].size_out
+
+        convolve(plan.stem)
+        for block in plan.blocks:
+            for unit in block.units:
+                convolve(unit)
+            if block.residual:
+                channels = block.units[-1].channels_out
+                layers.append(Layer("add", channels, channels, size, size))
+        convolve(plan.head)
+        features = plan.head.channels_out
+        layers.append(Layer("pool", features, features, size, 1))
+        layers.append(
+            Layer("linear", features, plan.num_classes, parameters=(features + 1) * plan.num_classes)
+        )
+        return tuple(layers)
+
+    def describe(self, arch: Arch) -> Json:
+        return {
+            slot.name: slot.choices[choice] if slot.name.endswith("operation") else int(slot.choices[choice])
+            for slot, choice in zip(self.slots, self.canonical(arch).choices, strict=True)
+        }
+
+    def fingerprint(self) -> Json:
+        return {
+            "space": self.name,
+            "image_shape": list(self.image_shape),
+            "num_classes": self.num_classes,
+            **self.settings.model_dump(mode="json"),
+            "version": 1,
+        }
+
+    def build(self, arch: Arch) -> nn.Module:
+        from pipeline.spaces.mbconv_modules import MBConvNetwork
+
+        return MBConvNetwork(self.plan(arch))
+
+    def supernet(self) -> MBConvSupernet:
+        from pipeline.spaces.mbconv_modules import MBConvSupernet
+
+        return MBConvSupernet(self)
+
+
+@lru_cache(maxsize=4096)
+def _block(stage: int, index: int, op: Operation, channels_in: int, channels_out: int, stride: int) -> Block:
+    hidden = op.expansion * channels_in
+    units: tuple[Unit, ...]
+    if op.kind == "k":
+        spatial = Unit("spatial", hidden, hidden, op.kernel, stride, depthwise=True, relu=True)
+        project = Unit("project", hidden, channels_out, 1, 1, depthwise=False, relu=False)
+        expand = Unit("expand", channels_in, hidden, 1, 1, depthwise=False, relu=True)
+        units = (spatial, project) if op.expansion == 1 else (expand, spatial, project)
+    elif op.expansion == 1:
+        units = (Unit("spatial", channels_in, channels_out, op.kernel, stride, depthwise=False, relu=True),)
+    else:
+        units = (
+            Unit("spatial", channels_in, hidden, op.kernel, stride, depthwise=False, relu=True),
+            Unit("project", hidden, channels_out, 1, 1, depthwise=False, relu=False),
+        )
+    return Block(stage, index, op.family, units, residual=stride == 1 and channels_in == channels_out)
+
+
+@lru_cache(maxsize=4096)
+def _conv_layer(unit: Unit, size: int) -> Layer:
+    groups = unit.channels_in if unit.depthwise else 1
+    weights = unit.kernel**2 * (unit.channels_in // groups) * unit.channels_out
+    return Layer(
+        "conv",
+        unit.channels_in,
+        unit.channels_out,
+        size,
+        -(-size // unit.stride),
+        unit.kernel,
+        groups,
+        parameters=weights + 2 * unit.channels_out,
+        normalised=True,
+    )

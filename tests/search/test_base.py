@@ -1,0 +1,203 @@
+"""The problem, the bands and the loop that drives samplers."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.errors import ConfigError, DivergedTraining, InfeasibleBudget, StaleArtifact
+from pipeline.evaluators.tabular import TableSpace, TabularCosts, TabularEvaluator
+from pipeline.progress import NoCheckpoint, Silent
+from pipeline.search import METHODS
+from pipeline.search.base import BandSampler, SearchProblem
+from pipeline.search.random import Random
+from pipeline.types import Arch, FitInfo, FloatArray, Limit, SearchResult, Slot, Tier
+
+SIZES = (3, 3, 3, 3)
+ROWS = np.indices(SIZES).reshape(4, -1).T
+MS = ROWS.sum(axis=1) + 1.0
+SPACE = TableSpace("toy", [Slot(str(i), ("a", "b", "c")) for i in range(4)])
+
+
+def tier(name: str, device: str = "cpu", **budgets: float) -> Tier:
+    return Tier(device, name, tuple(Limit(metric, value, False, "") for metric, value in budgets.items()))
+
+
+def problem(*tiers: Tier, evaluator: Any = None, **kwargs: Any) -> SearchProblem:
+    costs = TabularCosts(ROWS, {"latency_ms": MS, "params": 10 * MS})
+    return SearchProblem(
+        SPACE,
+        {"cpu": costs, "gpu": TabularCosts(ROWS, {"latency_ms": 2 * MS})},
+        tiers or (tier("s", latency_ms=4.0), tier("l", latency_ms=8.0)),
+        evaluator or TabularEvaluator(ROWS, -MS),
+        **{"evaluations": 40, **kwargs},
+    )
+
+
+def search(asked: SearchProblem, method: str = "random", **kwargs: Any) -> SearchResult:
+    settings = METHODS[method].config()
+    common: dict[str, Any] = {
+        "checkpoint": NoCheckpoint(),
+        "trace": lambda record: None,
+        "progress": Silent(),
+    }
+    return METHODS[method].run(asked, settings, **{**common, **kwargs})
+
+
+class Learner(TabularEvaluator):
+    """A table that counts what it is asked, as an evaluator that trains."""
+
+    def __init__(self) -> None:
+        super().__init__(ROWS, -MS)
+        self.log: list[tuple[str, int, int]] = []
+
+    trains = True
+
+    def fit(self, archs: Sequence[Arch], *, step: int) -> FitInfo:
+        self.log.append(("fit", step, len(archs)))
+        return FitInfo(1.0)
+
+    def losses(self, archs: Sequence[Arch], *, step: int, thorough: bool = False) -> FloatArray:
+        self.log.append(("losses", step, len(archs)))
+        return super().losses(archs, step=step, thorough=thorough)
+
+
+def test_usage_is_the_tightest_limit_on_the_tier_s_own_device() -> None:
+    asked = problem(
+        tier("two", latency_ms=4.0, params=20.0),
+        tier("one", latency_ms=4.0),
+        tier("g", "gpu", latency_ms=4.0),
+    )
+    np.testing.assert_allclose(asked.usage([Arch("toy", (1, 1, 0, 0))]), [[1.5, 0.75, 1.5]])
+
+
+def test_usage_is_looked_up_once_per_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, seen = problem(), []
+    plain = TabularCosts.of
+    monkeypatch.setattr(TabularCosts, "of", lambda self, archs: seen.extend(archs) or plain(self, archs))
+    first, second = Arch("toy", (0, 0, 0, 0)), Arch("toy", (2, 0, 0, 0))
+    asked.usage([first, first])
+    np.testing.assert_allclose(asked.usage([first, second]), [[0.25, 0.125], [0.75, 0.375]])
+    assert seen == [first, first, second, second]
+
+
+def test_reference_costs_are_shares_of_the_dearest() -> None:
+    asked = problem(tier("t", params=50.0, latency_ms=5.0))
+    archs = [Arch("toy", (2, 2, 2, 2)), Arch("toy", (0, 0, 0, 0))]
+    np.testing.assert_allclose(asked.reference_costs(archs), [[1.0], [1 / 9]])
+
+
+@pytest.mark.parametrize(
+    ("tiers", "kwargs", "message"),
+    [
+        (
+            (tier("t", "tpu", latency_ms=1.0),),
+            {},
+            "tpu/t: no cost table for device 'tpu'; there are: cpu, gpu",
+        ),
+        ((tier("t", "gpu", params=1.0),), {}, "gpu/t: unknown metric 'params'; there are: latency_ms"),
+        ((tier("t"),), {}, "cpu/t: has no limit"),
+        ((), {"evaluations": 0}, "evaluations must be at least 1, got 0"),
+    ],
+)
+def test_a_problem_that_cannot_be_searched_is_refused(tiers: Any, kwargs: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        problem(*tiers, **kwargs)
+
+
+def test_band_members_keep_the_budget_and_use_it() -> None:
+    asked = problem(tier("s", latency_ms=4.0), tier("l", latency_ms=7.0))
+    drawn = BandSampler(asked, low=0.8, least=4).draw(50, np.random.default_rng(0))
+    usage = asked.usage(asked.archs(drawn))
+    for k in range(2):
+        assert (usage[k::2, k] <= 1).all() and (usage[k::2, k] >= 0.8).all()
+
+
+def test_a_thin_band_is_widened_and_an_empty_one_is_infeasible() -> None:
+    asked = problem(tier("s", latency_ms=2.0))
+    assert (asked.usage(asked.archs(BandSampler(asked).draw(20, np.random.default_rng(0)))) <= 1).all()
+    with pytest.raises(InfeasibleBudget, match="cpu/s: .*the nearest takes 2 times as much"):
+        BandSampler(problem(tier("s", latency_ms=0.5)))
+
+
+def test_the_walk_finds_bands_that_the_pool_misses() -> None:
+    sizes, rng = (4,) * 12, np.random.default_rng(0)
+    weights = rng.uniform(1, 2, (12, 4)) * [1, 4, 9, 16]
+
+    class Additive:
+        metrics = ("latency_ms",)
+        additive = weights[None]
+
+        def of(self, archs: Sequence[Arch]) -> FloatArray:
+            rows = np.array([arch.choices for arch in archs])
+            return np.asarray(weights[np.arange(12), rows].sum(axis=1)[:, None])
+
+    space = TableSpace("deep", [Slot(str(i), tuple("abcd")) for i in range(12)])
+    limit = 1.6 * float(weights.min(axis=1).sum())
+    table = Additive()
+    asked = SearchProblem(
+        space, {"cpu": table}, (tier("t", latency_ms=limit),), TabularEvaluator(ROWS, MS), 1
+    )
+    pool = rng.integers(0, sizes, (500, 12))
+    assert (asked.usage(asked.archs(pool)) > 1).all()
+    members = BandSampler(asked, pool_size=500).members_KNS[0]
+    usage = asked.usage(asked.archs(members))
+    assert len(members) >= 32 and usage.max() <= 1 and usage.min() >= 0.8
+    assert asked.reference_costs(asked.archs(members)).max() < 1
+
+
+def test_warm_up_comes_first_and_each_iteration_trains_then_evaluates_on_one_step() -> None:
+    learner = Learner()
+    search(problem(evaluator=learner, warm_up=3, fit_samples=2, evaluations=16))
+    assert learner.log[:4] == [("fit", 0, 2), ("fit", 1, 2), ("fit", 2, 2), ("fit", 3, 2)]
+    kinds = [(kind, step) for kind, step, _ in learner.log[3:]]
+    assert kinds == [(kind, step) for step in range(3, 3 + len(kinds) // 2) for kind in ("fit", "losses")]
+    assert sum(num for kind, _, num in learner.log if kind == "losses") == 16
+
+
+def test_an_answer_that_cannot_change_is_asked_for_once() -> None:
+    result = search(problem(evaluations=81))
+    assert all(candidate.evaluations == 1 for candidate in result.candidates)
+    assert len(result.candidates) == result.evaluations <= 81
+
+
+def test_noisy_answers_are_asked_for_again_and_the_last_is_kept() -> None:
+    evaluator = TabularEvaluator(ROWS, -MS, noise_std=1.0)
+    result = search(problem(evaluator=evaluator, evaluations=200))
+    assert sum(candidate.evaluations for candidate in result.candidates) == result.evaluations == 200
+
+
+def test_a_loss_that_is_not_a_number_names_the_step_and_the_architecture() -> None:
+    losses = np.where(MS == 7.0, math.nan, -MS)
+    with pytest.raises(DivergedTraining, match=r"search step 0: loss of toy\[\d, \d, \d, \d\] is nan"):
+        search(problem(tier("t", latency_ms=7.0), evaluator=TabularEvaluator(ROWS, losses)))
+
+
+def test_a_checkpoint_of_another_search_is_refused() -> None:
+    class Stale(NoCheckpoint):
+        def load(self) -> Any:
+            return {}, {"inputs": "other", "method": "asng"}
+
+    with pytest.raises(StaleArtifact, match=r"another search \(asng\) than random"):
+        search(problem(), checkpoint=Stale())
+
+
+def test_checkpoints_come_when_they_are_due() -> None:
+    saved: list[int] = []
+
+    class Counting(NoCheckpoint):
+        def save(self, arrays: Any, record: Any) -> None:
+            saved.append(record["iteration"])
+
+    search(problem(save_every_s=0.0), checkpoint=Counting())
+    assert saved[:-1] == list(range(1, len(saved)))
+    saved.clear()
+    search(problem(save_every_s=1e9), checkpoint=Counting())
+    assert len(saved) == 1
+
+
+def test_settings_refuse_what_they_do_not_know() -> None:
+    with pytest.raises(ValueError):
+        Random(samples=3)  # type: ignore[call-arg]

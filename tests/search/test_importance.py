@@ -1,0 +1,177 @@
+"""The two guides of `importance`, and what it is on one tier."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.algorithms import categorical
+from pipeline.errors import ConfigError
+from pipeline.evaluators.tabular import TableSpace, TabularCosts, TabularEvaluator, load_benchmark
+from pipeline.progress import NoCheckpoint, Silent
+from pipeline.search import METHODS
+from pipeline.search.asng import own_only
+from pipeline.search.base import SearchProblem
+from pipeline.search.importance import Importance, StepSettings, mixture_of, weighted_sampler
+from pipeline.settings import Settings, parse_settings
+from pipeline.types import Json, Limit, SearchResult, Slot, Tier
+
+NB201 = Path(__file__).parents[2] / "../shared/data/nb201_cifar10.npz"
+NUM_SLOTS, NUM_CHOICES = 7, 3
+ROWS = np.indices((NUM_CHOICES,) * NUM_SLOTS).reshape(NUM_SLOTS, -1).T
+
+
+def toy(num_tiers: int, seed: int, evaluations: int, noise: float = 0.0) -> SearchProblem:
+    """Additive latencies and additive merits that mostly, not always, go with them."""
+    rng = np.random.default_rng([seed, 77])
+    ms = np.cumsum(rng.uniform(0.2, 1.0, (NUM_SLOTS, NUM_CHOICES)), axis=1)
+    merit = np.sqrt(ms) + rng.normal(0, 0.4, ms.shape)
+    ms_R, merit_R = (table[np.arange(NUM_SLOTS), ROWS].sum(axis=1) for table in (ms, merit))
+    shares = np.linspace(0.15, 0.7, num_tiers)
+    tiers = [
+        Tier("cpu", f"t{k}", (Limit("latency_ms", float(np.quantile(ms_R, q)), False, ""),))
+        for k, q in enumerate(shares)
+    ]
+    slots = [Slot(str(i), ("a", "b", "c")) for i in range(NUM_SLOTS)]
+    evaluator = TabularEvaluator(ROWS, -merit_R, noise, seed)
+    costs = {"cpu": TabularCosts(ROWS, {"latency_ms": ms_R})}
+    return SearchProblem(TableSpace("toy", slots), costs, tuple(tiers), evaluator, evaluations, seed=seed)
+
+
+def search(
+    problem: SearchProblem, config: Settings, method: str = "importance", trace: Any = None
+) -> SearchResult:
+    return METHODS[method].run(
+        problem, config, checkpoint=NoCheckpoint(), trace=trace or (lambda record: None), progress=Silent()
+    )
+
+
+def regret(problem: SearchProblem, result: SearchResult) -> float:
+    """Mean over tiers of the best loss that keeps the budget against the best found."""
+    everything = problem.archs(ROWS)
+    losses = problem.evaluator.losses(everything, step=0, thorough=True)[:, 0]
+    best = np.where(problem.usage(everything) <= 1, losses[:, None], np.inf).min(axis=0)
+    found = [candidate.arch for candidate in result.candidates]
+    found_losses = problem.evaluator.losses(found, step=0, thorough=True)
+    return float((np.where(problem.usage(found) <= 1, found_losses, np.inf).min(axis=0) - best).mean())
+
+
+def mean_regret(method: str, config: Settings, evaluations: int, noise: float = 0.0) -> float:
+    problems = [toy(3, seed, evaluations, noise) for seed in range(5)]
+    return float(np.mean([regret(problem, search(problem, config, method)) for problem in problems]))
+
+
+def test_on_one_tier_the_weighted_step_is_asng_s() -> None:
+    problem, config, rng = toy(1, 0, 100), StepSettings(), np.random.default_rng(0)
+    shared = weighted_sampler(problem, config, mixture_of)
+    single = weighted_sampler(problem, config, own_only)
+    state = shared.init()
+    for _ in range(10):
+        rows = shared.ask(state, rng)
+        archs = problem.archs(rows)
+        told = rows, problem.evaluator.losses(archs, step=0)[:, 0], problem.usage(archs), rng
+        ours, theirs = shared.tell(state, *told), single.tell(state, *told)
+        for left, right in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(left, right)
+        assert not np.array_equal(ours.theta_KSC, state.theta_KSC)
+        state = ours
+
+
+def test_pressure_rises_over_budget_and_falls_below() -> None:
+    problem = toy(2, 0, 100)
+    sampler = weighted_sampler(problem, StepSettings(), mixture_of)
+    state, rng = sampler.init(), np.random.default_rng(0)
+    rows = sampler.ask(state, rng)
+    usage = np.tile([2.0, 0.5], (len(rows), 1))
+    moved = sampler.tell(state, rows, np.arange(len(rows), dtype=float), usage, rng)
+    assert moved.pressure_K[0] > state.pressure_K[0] > moved.pressure_K[1] >= 0
+
+
+def test_coefficients_weigh_cost_against_loss() -> None:
+    config = Importance(mode="coefficients", coefficients=(0.0, 100.0))
+    problem = toy(2, 1, 1_500)
+    theta = search(problem, config).theta_KSC
+    assert theta is not None
+    modes = problem.archs(theta.argmax(axis=2))
+    cost = problem.reference_costs(modes)
+    loss = problem.evaluator.losses(modes, step=0)[:, 0]
+    assert cost[1, 1] < 0.7 * cost[0, 0] and loss[0] < loss[1]
+
+
+def test_one_coefficient_per_tier() -> None:
+    with pytest.raises(ConfigError, match=r"one number per tier \(2 tiers\), got 3"):
+        search(toy(2, 0, 10), Importance(mode="coefficients", coefficients=(1.0, 2.0, 3.0)))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"coefficients": [1.0]}, "no effect with 'mode: budgets'"),
+        ({"mode": "coefficients", "guide": "surrogate"}, "use 'guide: weights'"),
+        ({"surrogate": {"scouts": 9}}, "at most 'samples_per_tier'"),
+        ({"weights": {"delta": 1.0}}, "unknown key 'weights.delta'.*did you mean 'delta0'"),
+    ],
+)
+def test_settings_without_sense_are_refused(values: Json, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_settings(Importance, values, "run.yaml")
+
+
+@pytest.mark.parametrize("guide", ["surrogate", "weights"])
+def test_the_trace_has_a_record_per_iteration_and_tier(guide: Any) -> None:
+    records: list[Json] = []
+    search(toy(3, 0, 60), Importance(guide=guide), trace=records.append)
+    assert [record["iteration"] for record in records] == list(range(len(records)))
+    assert records[-1]["evaluations"] == 60
+    told = [record for record in records if "tiers" in record]
+    assert len(told) >= len(records) - 1
+    for entry in told[-1]["tiers"]:
+        assert {"tier", "usage", "loss", "entropy", "effective_sample_size"} <= set(entry)
+        assert 0 <= entry["entropy"] <= 1 and entry["usage"] > 0 and entry["effective_sample_size"] >= 0.99
+    json.dumps(records, allow_nan=False)
+
+
+def test_distributions_of_the_result_are_distributions() -> None:
+    theta = search(toy(3, 0, 120), Importance()).theta_KSC
+    assert theta is not None and theta.shape == (3, NUM_SLOTS, NUM_CHOICES)
+    np.testing.assert_allclose(theta.sum(axis=2), 1.0)
+    assert (theta > 0).all() and categorical.entropy(theta).max() < 0.95
+
+
+def test_with_a_surrogate_it_beats_independent_runs_and_chance_at_a_third_of_their_evaluations() -> None:
+    ours = mean_regret("importance", Importance(), 80)
+    assert ours < mean_regret("asng", METHODS["asng"].config(), 240)
+    assert ours < mean_regret("random", METHODS["random"].config(), 240)
+    assert ours < 0.1
+
+
+def test_with_weights_it_beats_independent_runs() -> None:
+    config = Importance(guide="weights")
+    assert mean_regret("importance", config, 300) < mean_regret("asng", METHODS["asng"].config(), 300)
+
+
+def test_noise_does_not_lead_it_astray() -> None:
+    assert mean_regret("importance", Importance(), 240, noise=0.5) < 0.15
+
+
+@pytest.mark.skipif(not NB201.exists(), reason="the NAS-Bench-201 table is not at ../shared/data")
+def test_on_nas_bench_201_it_beats_independent_runs() -> None:
+    table = load_benchmark(NB201)
+    tiers = tuple(
+        Tier("any", str(q), (Limit("macs_M", float(np.quantile(table.cost_R, q)), False, ""),))
+        for q in (0.1, 0.5, 0.95)
+    )
+    row = {tuple(choices): r for r, choices in enumerate(table.choices_RS.tolist())}
+
+    def truth(method: str, seed: int) -> float:
+        problem = SearchProblem(table.space, {"any": table.costs}, tiers, table.evaluator, 90, seed=seed)
+        result = search(problem, METHODS[method].config(), method)
+        rows = np.array([row[candidate.arch.choices] for candidate in result.candidates])
+        fits = problem.usage([candidate.arch for candidate in result.candidates]) <= 1
+        signal_NK = np.where(fits, table.signal_R[rows][:, None], -np.inf)
+        return float(table.truth_R[rows[signal_NK.argmax(axis=0)]].mean())
+
+    seeds = range(6)
+    assert np.mean([truth("importance", s) for s in seeds]) > np.mean([truth("asng", s) for s in seeds])

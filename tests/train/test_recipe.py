@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import itertools
+import math
+import subprocess
+import sys
+
+import pytest
+from torch import nn
+
+from pipeline.errors import ConfigError
+from pipeline.settings import parse_settings
+from pipeline.train.recipe import Recipe, decay_groups
+
+
+def test_learning_rate_rises_on_a_line_and_falls_on_a_cosine() -> None:
+    recipe = Recipe(lr=0.8, warmup_share=0.2)
+    rates = [recipe.learning_rate(step, 20) for step in range(20)]
+    assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert rates[4] == pytest.approx(0.8)
+    assert rates[12] == pytest.approx(0.4)  # half way down: 8 of 16 steps
+    assert rates[8] == pytest.approx(0.4 * (1 + math.cos(math.pi / 4)))
+    assert 0 < rates[19] == pytest.approx(0.4 * (1 - math.cos(math.pi / 16)))
+    assert all(a > b for a, b in itertools.pairwise(rates[4:]))
+
+
+def test_no_warm_up_starts_at_the_peak() -> None:
+    assert Recipe(lr=0.3, warmup_share=0).learning_rate(0, 7) == 0.3
+    assert Recipe(lr=0.3, warmup_share=0.99).learning_rate(0, 1) == 0.3
+
+
+def test_the_last_epoch_is_always_evaluated() -> None:
+    recipe = Recipe(epochs=7, evaluate_every=3)
+    assert [epoch for epoch in range(1, 8) if recipe.evaluates(epoch)] == [1, 4, 7]
+    assert [e for e in range(1, 8) if Recipe(epochs=7, evaluate_every=100).evaluates(e)] == [7]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"learning_rate": 1}, "unknown key 'learning_rate'"),
+        ({"epochs": 0}, "'epochs' is 0"),
+        ({"lr": float("inf")}, "'lr' is inf"),
+        ({"lr": 0}, "'lr' is 0"),
+        ({"momentum": 0}, "'nesterov' needs a 'momentum' above 0"),
+        ({"ema_decay": 1.0}, "'ema_decay' is 1.0"),
+        ({"warmup_share": 1.0}, "'warmup_share' is 1.0"),
+        ({"label_smoothing": -0.1}, "'label_smoothing' is -0.1"),
+        ({"start": "imagenet"}, "'start' is 'imagenet'"),
+        ({"distil": {"weight": 0}}, "'distil.weight' is 0"),
+        ({"distil": {"temprature": 2}}, "unknown key 'distil.temprature'"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_by_name(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        parse_settings(Recipe, values, "run.yaml: train")
+    assert message in str(refused.value)
+    assert "run.yaml: train" in str(refused.value)
+
+
+def test_only_kernels_and_matrices_decay() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    decays = {id(p): group["weight_decay"] for group in decay_groups(network, 0.5) for p in group["params"]}
+    named = {name: decays[id(p)] for name, p in network.named_parameters()}
+    assert named == {"0.weight": 0.5, "0.bias": 0, "1.weight": 0, "1.bias": 0, "3.weight": 0.5, "3.bias": 0}
+
+
+def test_frozen_weights_are_in_no_group() -> None:
+    network = nn.Linear(2, 2, bias=False).requires_grad_(False)
+    assert decay_groups(network, 0.1) == []
+
+
+def test_a_recipe_is_read_without_torch() -> None:
+    script = "import sys, pipeline.train.recipe; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)
