@@ -16,7 +16,7 @@ from pipeline.errors import BudgetlineError, ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pipeline.flow import Run
+    from pipeline.run import Run
     from pipeline.types import Json
 
 EXPORTS = Path("exports")
@@ -91,12 +91,14 @@ def _friendly() -> Iterator[None]:
 
 
 def _console(to_stderr: bool = True) -> Console:
+    """Tables keep their columns in a pipe or a log, where nobody tells the width."""
     from rich.console import Console
 
-    return Console(stderr=to_stderr)
+    console = Console(stderr=to_stderr)
+    return console if console.is_terminal else Console(stderr=to_stderr, width=120)
 
 
-# --------------------------------------------------------------------------------------------- making a family
+# -------------------------------------------------------------------------------------------- making a family
 
 
 def _starter(name: str, work: Callable[[Run], Json | None], help_text: str, example: str) -> None:
@@ -258,7 +260,7 @@ def _default_name(config: Path | None, wanted: Json | None) -> str:
 @contextmanager
 def _opened(root: Path, wanted: Json | None, where: str) -> Iterator[Run]:
     from pipeline.artifacts import RunFolder
-    from pipeline.flow import open_run, prepare_compute
+    from pipeline.run import open_run, prepare_compute
     from pipeline.ui import progress_for
 
     progress = progress_for(_console())
@@ -268,7 +270,7 @@ def _opened(root: Path, wanted: Json | None, where: str) -> Iterator[Run]:
         yield opened
 
 
-# ---------------------------------------------------------------------------------------------- using a family
+# --------------------------------------------------------------------------------------------- using a family
 
 
 @app.command("list", rich_help_panel=_USE, epilog="Example: budgetline list exports")
@@ -355,7 +357,8 @@ def select(
 
 @app.command(rich_help_panel=_USE, epilog="Example: budgetline doctor")
 def doctor(as_json: AsJson = False) -> None:
-    """Which providers really open here, what clashes, threads and versions. Exit 1 where something is broken."""
+    """Which providers really open here, what clashes, threads and versions. Exit 1 where something is
+    broken."""
     with _friendly():
         from dataclasses import asdict
 
@@ -370,7 +373,7 @@ def doctor(as_json: AsJson = False) -> None:
             raise typer.Exit(1)
 
 
-# ---------------------------------------------------------------------------------------------------- printing
+# --------------------------------------------------------------------------------------------------- printing
 
 
 def _print_family(manifest: Json, root: Path) -> None:

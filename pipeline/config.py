@@ -1,8 +1,9 @@
-"""What a run was asked for: strict YAML and flags, resolved through the catalogues. Only flow.py takes a RunConfig.
+"""What a run was asked for: strict YAML and flags, resolved through the catalogues. Only flow.py takes a
+RunConfig.
 
-A plug-in is named by a word (`space: mbconv`) or by a mapping with its settings beside the name
-(`space: {name: mbconv, size: tiny}`). Everything that is left out has a default, and the resolved configuration
-that lands in `run.yaml` states them all.
+A plug-in is named by a word (`space: mbconv`) or by a mapping with its settings beside the name (`space:
+{name: mbconv, size: tiny}`). Everything that is left out has a default, and the resolved configuration that
+lands in `run.yaml` states them all.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class SearchSettings(Settings):
 
 
 class ExportSettings(Settings):
-    """`parity_images` test images are compared in both runtimes; `samples` of them are stored for `verify`."""
+    """`parity_images` test images are compared in both runtimes; `samples` of them are stored for
+    `verify`."""
 
     parity_images: int = Field(1000, ge=1)
     samples: int = Field(16, ge=1)
@@ -57,7 +59,8 @@ class PlugIn:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """`data.name` may carry a path: `image-folder:PATH`. `device` is torch's name of where training computes."""
+    """`data.name` may carry a path: `image-folder:PATH`. `device` is torch's name of where training
+    computes."""
 
     profiles: tuple[DeviceProfile, ...]
     data: PlugIn

@@ -25,10 +25,11 @@ from pipeline.units import format_value
 
 
 class DeriveSettings(Settings):
-    """Finalists are predicted to use `low` to `high` of the budget; of the `rescored` members that the evaluator
-    is asked about thoroughly, the `best`, `uniform` and `random` ones become finalists. They are timed, and tried
-    for `trial_epochs`. When timed, `guard` of the budget must stay free, and networks that use less than `least`
-    of it come last. `samples` are drawn from each of the search's distributions, beside what it has seen."""
+    """Finalists are predicted to use `low` to `high` of the budget; of the `rescored` members that the
+    evaluator is asked about thoroughly, the `best`, `uniform` and `random` ones become finalists. They are
+    timed, and tried for `trial_epochs`. When timed, `guard` of the budget must stay free, and networks that
+    use less than `least` of it come last. `samples` are drawn from each of the search's distributions,
+    beside what it has seen."""
 
     low: float = Field(0.95, gt=0, lt=1)
     high: float = Field(0.985, gt=0, le=1)
@@ -134,8 +135,8 @@ class Trial:
 
 
 def in_order(trials: Sequence[Trial], settings: DeriveSettings) -> list[Trial]:
-    """Those that keep the budget, best first: those that use it, then by accuracy after brief training (by loss
-    where none was tried)."""
+    """Those that keep the budget, best first: those that use it, then by accuracy after brief training (by
+    loss where none was tried)."""
     kept = [trial for trial in trials if trial.keeps_budget(settings.guard)]
     return sorted(
         kept,
@@ -143,7 +144,7 @@ def in_order(trials: Sequence[Trial], settings: DeriveSettings) -> list[Trial]:
     )
 
 
-# ---------------------------------------------------------------------------------------------- one tier's answer
+# ------------------------------------------------------------------------------------------ one tier's answer
 
 
 class Device(Protocol):
@@ -161,8 +162,9 @@ REFITS = 3
 
 @dataclass(frozen=True)
 class Deriver:
-    """Derives one tier. `device` is None where no budget needs one; `refit` takes what was timed and answers with
-    a better prediction; `try_accuracy` trains an architecture briefly and is None where nobody wants to wait."""
+    """Derives one tier. `device` is None where no budget needs one; `refit` takes what was timed and
+    answers with a better prediction; `try_accuracy` trains an architecture briefly and is None where nobody
+    wants to wait."""
 
     tier: Tier
     settings: DeriveSettings
@@ -185,8 +187,8 @@ class Deriver:
         return arch, record, tried
 
     def _timed_finalists(self, pool: Sequence[Arch], usage: Usage, rng: Generator) -> list[Trial]:
-        """Finalists, timed. While most miss, the prediction is wrong here: it is refitted, and they are chosen
-        again."""
+        """Finalists, timed. While most miss, the prediction is wrong here: it is refitted, and they are
+        chosen again."""
         measured_ms: dict[Arch, float] = {}
         for _ in range(REFITS):
             trials = self._timed(self._finalists(pool, usage, rng), measured_ms)
@@ -203,7 +205,9 @@ class Deriver:
         for arch, record in zip(unknown, self.device.time(unknown), strict=True):
             measured_ms[arch] = record.latency_ms
         limit_ms = self.tier.budgets["latency_ms"]
-        return [Trial(finalist, measured_usage=measured_ms[finalist.arch] / limit_ms) for finalist in finalists]
+        return [
+            Trial(finalist, measured_usage=measured_ms[finalist.arch] / limit_ms) for finalist in finalists
+        ]
 
     def _tried(self, trial: Trial) -> Trial:
         if self.try_accuracy is None or not trial.keeps_budget(self.settings.guard):
@@ -215,8 +219,8 @@ class Deriver:
         members = [pool[i] for i in band(usage_N, self.settings, self.settings.rescored)]
         if not members:
             raise InfeasibleBudget(
-                f"tier {self.tier.key}: no architecture within {self.settings.high:.1%} of its budget; the nearest "
-                f"uses {usage_N.min():.1%}; raise the budget"
+                f"tier {self.tier.key}: no architecture within {self.settings.high:.1%} of its budget; "
+                f"the nearest uses {usage_N.min():.1%}; raise the budget"
             )
         quick_N = self.evaluator.losses(members[: 8 * self.settings.rescored], step=0)[:, 0]
         short = self._shortlist(members, quick_N, rng)
@@ -247,11 +251,12 @@ class Deriver:
             )
         raise BudgetMissed(
             f"tier {self.tier.key}: every finalist was timed over its budget less a guard of "
-            f"{self.settings.guard:.1%}; set derive.high lower (now {self.settings.high}), or raise the budget"
+            f"{self.settings.guard:.1%}; set derive.high lower (it is {self.settings.high}), or raise the "
+            "budget"
         )
 
 
-# ----------------------------------------------------------------------------------------------- rank correlation
+# ------------------------------------------------------------------------------------------- rank correlation
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,7 +277,8 @@ class RankCorrelation:
 
 
 def rank_correlation(groups: Sequence[tuple[Sequence[float], Sequence[float]]]) -> RankCorrelation:
-    """`groups` holds, tier by tier, (losses, accuracies). Positive when lower losses go with higher accuracies."""
+    """`groups` holds, tier by tier, (losses, accuracies). Positive when lower losses go with higher
+    accuracies."""
     from scipy.stats import rankdata
 
     ours, truth = [], []

@@ -1,28 +1,26 @@
-"""The spine: the stages of a run, top to bottom. Each reads what is on disk, calls a room, writes what it made.
+"""The spine: the stages of a run, top to bottom. Each reads what is on disk, calls a room, writes what it
+made.
 
-    profile   the space's costs on each device, and the tiers' budgets as absolute numbers     costs/<device>.json
-    search    one search for all tiers of all devices                                          search/
-    derive    one architecture per tier: timed on the device, then tried, before any retraining   <tier>/arch.json
-    retrain   each from scratch                                                                <tier>/train.json
-    export    ONNX files, proven equal to the network; the test split is read here, once       <tier>/export.json
-    measure   latency of the file that ships, on the device                                    <tier>/measure.json
+    profile   the space's costs on each device; the tiers' budgets as absolute numbers   costs/<device>.json
+    search    one search for all tiers of all devices                                    search/result.json
+    derive    one architecture per tier, timed on the device and tried briefly           <tier>/arch.json
+    retrain   each from scratch                                                          <tier>/train.json
+    export    ONNX files, proven equal; the test split is read here, once                <tier>/export.json
+    measure   latency of the file that ships, on the device                              <tier>/measure.json
     report    manifest.json and report.html
 
-A record is written last and atomically, and carries hashes of what it was made from: a stage whose record is there
-is done, and running again goes on where it stopped.
+A record is written last and atomically, and carries hashes of what it was made from: a stage whose record
+is there is done, and running again goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
-from functools import cached_property, partial
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,164 +28,36 @@ import numpy as np
 from pipeline import __version__
 from pipeline.artifacts import (
     FileCheckpoint,
-    RunFolder,
     read_arrays,
-    read_yaml,
     replacing,
     sha256_file,
     sha256_json,
     write_arrays,
     write_bytes,
-    write_yaml,
 )
-from pipeline.config import RunConfig, parse
-from pipeline.costs.bench import Bench
 from pipeline.costs.budgets import resolve_tiers, usage_of_budgets
 from pipeline.costs.table import SpaceCosts, build_cost_table, export_for_timing
-from pipeline.data import cache_folder, load_task
-from pipeline.data.base import ImageTask
-from pipeline.derive import Deriver, Trial, Usage, rank_correlation
+from pipeline.derive import Deriver, Trial, Usage
 from pipeline.devices.environment import describe_environment, package_versions, timing_environment
 from pipeline.devices.measure import measure
 from pipeline.devices.profile import DeviceProfile
-from pipeline.errors import BudgetMissed, ConfigError, RunFolderError, StaleArtifact
+from pipeline.errors import BudgetMissed, RunFolderError
 from pipeline.evaluators import EVALUATORS
+from pipeline.report import assemble
 from pipeline.report.html import render_report
-from pipeline.report.manifest import build_manifest, file_entry, tier_entry, write_manifest
+from pipeline.report.manifest import build_manifest, write_manifest
+from pipeline.run import Run, TraceFile, read_trace
 from pipeline.search import METHODS
 from pipeline.search.base import SearchProblem
-from pipeline.spaces import SPACES
-from pipeline.spaces.base import SearchSpace
-from pipeline.types import Arch, Evaluator, Json, LatencyRecord, Progress, Tier
+from pipeline.types import Arch, Evaluator, Json, LatencyRecord, Tier
 from pipeline.units import format_value
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-RUN_FILE = "run.yaml"
-
-
-# ------------------------------------------------------------------------------------------------------ a run
-
-
-@dataclass
-class Run:
-    """A run in progress: its folder, what was asked for, and what several stages need and is made only once."""
-
-    folder: RunFolder
-    config: RunConfig
-    progress: Progress
-    cache: Path = field(default_factory=cache_folder)
-
-    @cached_property
-    def task(self) -> ImageTask:
-        data = self.config.data
-        return load_task(
-            data.name, seed=0, settings=data.settings.model_dump(exclude_unset=True), progress=self.progress
-        )
-
-    @cached_property
-    def space(self) -> SearchSpace:
-        entry = SPACES[self.config.space.name]
-        return entry.make(self.task.image_shape, len(self.task.classes), self.config.space.settings)
-
-    def bench(self, profile: DeviceProfile) -> Bench:
-        """The device's stopwatch; its profile must have one, and the profile stage must be done."""
-        model = self.costs[profile.name].latency
-        assert model is not None
-        return Bench(
-            self.space,
-            profile,
-            model,
-            cache_dir=self.cache / "costs",
-            environment=timing_environment(),
-            measure=measure,
-            progress=self.progress,
-        )
-
-    def costs_path(self, device: str) -> Path:
-        return self.folder.path("costs", f"{device}.json")
-
-    @cached_property
-    def costs(self) -> dict[str, SpaceCosts]:
-        records = {p.name: self.done(self.costs_path(p.name), "profile") for p in self.config.profiles}
-        return {name: SpaceCosts.from_json(record["table"], self.space) for name, record in records.items()}
-
-    @cached_property
-    def tiers(self) -> tuple[Tier, ...]:
-        """All devices' tiers with absolute limits, in the order of the profiles."""
-        records = [self.done(self.costs_path(profile.name), "profile") for profile in self.config.profiles]
-        return tuple(Tier.from_json(tier) for record in records for tier in record["tiers"])
-
-    def profile(self, device: str) -> DeviceProfile:
-        return next(profile for profile in self.config.profiles if profile.name == device)
-
-    def tier_path(self, tier: Tier, name: str) -> Path:
-        return self.folder.path(tier.device, tier.name, name)
-
-    def done(self, path: Path, stage: str) -> Json:
-        """The record of a stage that must have run."""
-        record = self.folder.read_record(path)
-        if record is None:
-            raise RunFolderError(
-                f"{path}: not there; run `budgetline {stage} --out {self.folder.root}` first"
-            )
-        return record
-
-    @cached_property
-    def input_hashes(self) -> dict[str, str]:
-        """What everything in the run was made from."""
-        return {"space": sha256_json(self.space.fingerprint()), "data": self.task.fingerprint}
-
-    @contextmanager
-    def timed(self) -> Iterator[Callable[[], float]]:
-        started = time.perf_counter()
-        yield lambda: round(time.perf_counter() - started, 3)
-
-
-def open_run(root: Path, wanted: Json | None, where: str, progress: Progress) -> Run:
-    """The run in folder `root`: as its run.yaml says, or, in a new folder, as `wanted` says.
-
-    Raises StaleArtifact where the folder holds a run that was asked for otherwise."""
-    folder = RunFolder(root)
-    path = folder.path(RUN_FILE)
-    asked = None if wanted is None else parse(wanted, where)
-    if path.exists():
-        there = parse(_without_header(read_yaml(path), path), str(path))
-        if asked is not None and asked != there:
-            changed = [k for k, v in asked.to_json().items() if v != there.to_json()[k]]
-            raise StaleArtifact(
-                f"{root}: holds a run with another {', '.join(changed)}; choose another --out, "
-                "or leave the flags out to go on with it"
-            )
-        return Run(folder, there, progress)
-    if asked is None:
-        raise RunFolderError(
-            f"{root}: holds no run ({RUN_FILE} is not there); start one with `budgetline run`"
-        )
-    write_yaml(path, {"budgetline": __version__, **asked.to_json()})
-    return Run(folder, asked, progress)
-
-
-def _without_header(values: Any, path: Path) -> Json:
-    if not isinstance(values, dict) or "budgetline" not in values:
-        raise RunFolderError(f"{path}: was not written by budgetline; choose another --out")
-    return {key: value for key, value in values.items() if key != "budgetline"}
-
-
-def prepare_compute(run: Run) -> None:
-    """Refuse a training device that is not there; make the one that is repeatable."""
-    import torch
-
-    if run.config.device.startswith("cuda"):
-        if not torch.cuda.is_available():
-            raise ConfigError(
-                f"device: {run.config.device} was asked for, but torch {torch.__version__} finds no usable GPU here; "
-                "use --device cpu, or see `budgetline doctor`"
-            )
-        torch.backends.cudnn.benchmark = True
-    torch.set_flush_denormal(True)
+TIER_RECORDS = {"derive": "arch", "retrain": "train", "export": "export", "measure": "measure"}
+"""Stage → name of the record that it leaves in every tier's folder."""
 
 
 # ---------------------------------------------------------------------------------------------------- profile
@@ -222,7 +92,8 @@ def profile_stage(run: Run) -> None:
 
 
 def _write_reference(run: Run, profile: DeviceProfile, table: SpaceCosts) -> Json | None:
-    """The network that everything on this device is timed against, for later measurements and for `verify`."""
+    """The network that everything on this device is timed against, for later measurements and for
+    `verify`."""
     if table.latency is None:
         return None
     path = run.folder.path("costs", f"{profile.name}.reference.onnx")
@@ -232,20 +103,6 @@ def _write_reference(run: Run, profile: DeviceProfile, table: SpaceCosts) -> Jso
         "path": path.relative_to(run.folder.root).as_posix(),
         "sha256": sha256_file(path),
         "nominal_ms": table.latency.reference_ms,
-    }
-
-
-def _cost_entry(record: Json) -> Json:
-    """How one device's costs came to be, for the manifest."""
-    latency = record["table"]["latency"]
-    if latency is None:
-        return {"source": "counted from the architectures; no device was measured", "reference": None}
-    count, cached = len(latency["networks"]), record["how"].get("from_cache")
-    source = f"least squares over operator counts of {count} networks measured on the device"
-    return {
-        "source": f"{source}{', from the cache' if cached else ''}",
-        "error": latency["held_out"],
-        "reference": record["reference"],
     }
 
 
@@ -265,7 +122,7 @@ def search_stage(run: Run) -> None:
     problem = _problem(run)
     method = METHODS[config.method.name]
     checkpoint = FileCheckpoint(run.folder.path("search", "state.npz"))
-    trace = _TraceFile(run.folder.path("search", "trace.jsonl"), checkpoint)
+    trace = TraceFile(run.folder.path("search", "trace.jsonl"), checkpoint)
     result = method.run(
         problem, config.method.settings, checkpoint=checkpoint, trace=trace.write, progress=run.progress
     )
@@ -310,32 +167,6 @@ def _evaluator(run: Run) -> Evaluator:
         seed=run.config.seed,
         device=run.config.device,
     )
-
-
-class _TraceFile:
-    """JSON lines; what a killed run wrote after its last checkpoint is dropped, since it will come again."""
-
-    def __init__(self, path: Path, checkpoint: FileCheckpoint) -> None:
-        self.path = path
-        saved = checkpoint.load()
-        finished = 0 if saved is None else int(saved[1]["iteration"])
-        write_bytes(path, "".join(f"{json.dumps(r)}\n" for r in read_trace(path)[:finished]).encode())
-
-    def write(self, record: Json) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(f"{json.dumps(record)}\n")
-
-
-def read_trace(path: Path) -> list[Json]:
-    """The whole lines of a trace; a line that a killed run left half-written ends it."""
-    records: list[Json] = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                break
-    return records
 
 
 # ----------------------------------------------------------------------------------------------------- derive
@@ -434,7 +265,8 @@ def _predicted(run: Run, tier: Tier, arch: Arch) -> Json:
 
 
 def _try_accuracy(run: Run, tier: Tier, arch: Arch) -> float:
-    """Accuracy on the architecture split after a brief training; kept on disk, so that it is paid for once."""
+    """Accuracy on the architecture split after a brief training; kept on disk, so that it is paid for
+    once."""
     from pipeline.train.retrain import retrain
 
     path = run.folder.path("search", "trials", f"{arch.key}.json")
@@ -521,7 +353,8 @@ def _arch_of(run: Run, tier: Tier) -> Arch:
 
 
 def _first_weights(run: Run, arch: Arch) -> nn.Module:
-    """Fresh weights, or, with `start: supernet`, the shared ones with batch norm settled on training images."""
+    """Fresh weights, or, with `start: supernet`, the shared ones with batch norm settled on training
+    images."""
     if run.config.retrain.start == "scratch":
         return _fresh(run, arch)
     from pipeline.data.batches import Batches
@@ -549,7 +382,8 @@ def _trained(run: Run, tier: Tier) -> nn.Module:
 
 
 def export_stage(run: Run, only: str | None = None) -> None:
-    """ONNX files, parity on test images, and the final assessment: the one place that reads the test split."""
+    """ONNX files, parity on test images, and the final assessment: the one place that reads the test
+    split."""
     from pipeline.data import held_out
     from pipeline.deploy import check_parity, export_onnx, onnx_accuracy
     from pipeline.train.assess import assess
@@ -671,8 +505,8 @@ def _refuse_over_budget(run: Run, tier: Tier, measured: Mapping[str, float]) -> 
         if measured[metric] > limit:
             raise BudgetMissed(
                 f"tier {tier.key}: {metric} is {format_value(metric, measured[metric])}, budget "
-                f"{format_value(metric, limit)}, and the tier is not shipped; if the machine was busy run the same "
-                f"command again, else remove {run.tier_path(tier, 'arch.json').parent} and raise derive.guard"
+                f"{format_value(metric, limit)}, so the tier is not shipped; if the machine was busy run the "
+                f"same command again, else remove {run.tier_path(tier, 'arch.json')} and raise derive.guard"
             )
 
 
@@ -701,28 +535,25 @@ def _measured(run: Run, tier: Tier, latency: LatencyRecord | None) -> dict[str, 
 def report_stage(run: Run) -> Json:
     """The manifest and the report, always made anew from the records."""
     folder, config = run.folder, run.config
-    result = run.done(folder.path("search", "result.json"), "search")
-    costs = {p.name: run.done(run.costs_path(p.name), "profile") for p in config.profiles}
     environment = describe_environment()
     manifest = build_manifest(
         run=folder.root.resolve().name,
         created=datetime.now(UTC),
-        search={
-            "method": result["method"],
-            "seed": result["seed"],
-            "evaluations": result["evaluations"],
-            "seconds": result["seconds"],
-            "settings": {
+        search=assemble.search_entry(
+            run.done(folder.path("search", "result.json"), "search"),
+            settings={
                 "method": config.method.to_json(),
                 "evaluator": config.evaluator.to_json(),
                 **config.search.model_dump(mode="json"),
             },
-            "ranking": _ranking(run),
-        },
-        data=_data_entry(run),
+            ranking=assemble.ranking_entry(_trials(run), config.derive),
+        ),
+        data=assemble.data_entry(run.task),
         space={"name": run.space.name, "settings": run.space.fingerprint()},
-        profiles={p.name: {**p.model_dump(mode="json")} for p in config.profiles},
-        costs={name: _cost_entry(record) for name, record in costs.items()},
+        profiles={p.name: p.model_dump(mode="json") for p in config.profiles},
+        costs={
+            p.name: assemble.costs_entry(run.done(run.costs_path(p.name), "profile")) for p in config.profiles
+        },
         stages=_seconds_per_stage(run),
         versions=package_versions(),
         environment=environment,
@@ -735,100 +566,16 @@ def report_stage(run: Run) -> Json:
 
 
 def _tier_entry(run: Run, tier: Tier) -> Json:
-    root = run.folder.root
-    arch = run.done(run.tier_path(tier, "arch.json"), "derive")
-    train = run.done(run.tier_path(tier, "train.json"), "retrain")
-    export = run.done(run.tier_path(tier, "export.json"), "export")
-    timing = run.done(run.tier_path(tier, "measure.json"), "measure")
-    latency = None if timing["latency"] is None else LatencyRecord(**timing["latency"])
-    timed = _timed_file(run.profile(tier.device))
-    files = [
-        file_entry(
-            root,
-            run.tier_path(tier, file["name"]),
-            role,
-            latency=latency if file["name"] == timed else None,
-            parity=file["parity"],
-            accuracy={"test": export["accuracy"]["test_onnxruntime"]} if role == "onnx" else None,
-        )
-        for role, file in export["files"].items()
-    ]
-    files.append(file_entry(root, run.tier_path(tier, "weights.safetensors"), "weights"))
-    files.append(file_entry(root, run.tier_path(tier, "samples.npz"), "samples"))
-    return tier_entry(
-        tier,
-        Arch.from_json(arch["arch"]),
-        description=arch["description"],
-        measured=timing["measured"],
-        predicted=arch["predicted"],
-        accuracy={"architecture": train["accuracy"] / 100, "test": export["accuracy"]["test"]},
-        training={
-            key: train[key] for key in ("epochs", "best_epoch", "seconds", "recipe", "images_per_second")
-        },
-        files=files,
-        answer=run.tier_path(tier, timed).relative_to(root).as_posix(),
-    )
-
-
-def _data_entry(run: Run) -> Json:
-    task = run.task
-    return {
-        "name": task.name,
-        "fingerprint": task.fingerprint,
-        "classes": task.classes,
-        "image_shape": task.image_shape,
-        "mean": task.mean,
-        "std": task.std,
-        "splits": {split: len(indices) for split, indices in task.splits.items()},
+    records = {
+        stage: run.done(run.tier_path(tier, f"{name}.json"), stage) for stage, name in TIER_RECORDS.items()
     }
+    timed_file = _timed_file(run.profile(tier.device))
+    return assemble.tier_entry(run.folder.root, tier, run.tier_path(tier, "."), records, timed_file)
 
 
-def _ranking(run: Run) -> Json | None:
-    """How far the evaluator's order agrees with brief training inside the tiers' bands."""
-    tried: list[tuple[Tier, list[Trial]]] = []
-    for tier in run.tiers:
-        record = run.done(run.tier_path(tier, "arch.json"), "derive")
-        trials = [Trial.from_json(trial) for trial in record["trials"]]
-        tried.append((tier, [trial for trial in trials if trial.accuracy is not None]))
-    if not any(trials for _, trials in tried):
-        return None
-    groups = [([t.finalist.loss for t in ts], [t.accuracy or 0.0 for t in ts]) for _, ts in tried]
-    pooled = rank_correlation(groups)
-    trusted = pooled.rho is not None and pooled.rho >= run.config.derive.trusted_correlation
-    note = (
-        "the evaluator's order agrees with brief training inside the tiers' bands"
-        if trusted
-        else "too low or too few networks to trust the evaluator's order inside a tier's band; "
-        "each tier's choice rests on brief training of its finalists"
-    )
-    return {
-        "spearman": pooled.rho,
-        "interval": [pooled.low, pooled.high],
-        "n": pooled.networks,
-        "trusted": trusted,
-        "note": note,
-        "tiers": [
-            {
-                "device": tier.device,
-                "name": tier.name,
-                "spearman": rank_correlation([group]).rho,
-                "n": len(trials),
-            }
-            for (tier, trials), group in zip(tried, groups, strict=True)
-        ],
-        "points": [
-            {
-                "device": tier.device,
-                "name": tier.name,
-                "loss": t.finalist.loss,
-                "accuracy": t.accuracy,
-                "origin": t.finalist.origin,
-                "key": t.finalist.arch.key,
-            }
-            for tier, trials in tried
-            for t in trials
-        ],
-    }
+def _trials(run: Run) -> list[tuple[Tier, list[Trial]]]:
+    records = [(tier, run.done(run.tier_path(tier, "arch.json"), "derive")) for tier in run.tiers]
+    return [(tier, [Trial.from_json(trial) for trial in record["trials"]]) for tier, record in records]
 
 
 def _seconds_per_stage(run: Run) -> dict[str, float]:
@@ -837,17 +584,12 @@ def _seconds_per_stage(run: Run) -> dict[str, float]:
         "profile": sum(run.done(run.costs_path(p.name), "profile")["seconds"] for p in run.config.profiles),
         "search": run.done(run.folder.path("search", "result.json"), "search")["seconds"],
     }
-    for stage, name in (
-        ("derive", "arch"),
-        ("retrain", "train"),
-        ("export", "export"),
-        ("measure", "measure"),
-    ):
+    for stage, name in TIER_RECORDS.items():
         seconds[stage] = sum(run.done(run.tier_path(t, f"{name}.json"), stage)["seconds"] for t in run.tiers)
     return {stage: round(value, 3) for stage, value in seconds.items()}
 
 
-# ---------------------------------------------------------------------------------------------------- all of it
+# -------------------------------------------------------------------------------------------------- all of it
 
 
 def run_all(run: Run) -> Json:

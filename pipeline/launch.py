@@ -11,13 +11,7 @@ from __future__ import annotations
 import os
 import sys
 
-TUNING = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "100000000000",
-    "MALLOC_TOP_PAD_": "500000000",
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "10000",
-    "LRU_CACHE_CAPACITY": "10000",
-}
+ONEDNN = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "10000", "LRU_CACHE_CAPACITY": "10000"}
 TRAINING_COMMANDS = frozenset({"run", "search", "derive", "retrain"})
 _DONE = "BUDGETLINE_TUNED"
 
@@ -36,7 +30,9 @@ def needs_tuning(arguments: list[str], environment: dict[str, str], platform: st
 def main() -> None:
     arguments = sys.argv[1:]
     if needs_tuning(arguments, dict(os.environ), sys.platform):
-        environment = {**TUNING, **os.environ, _DONE: "1"}
+        from pipeline.devices.environment import MALLOC
+
+        environment = {**MALLOC, **ONEDNN, **os.environ, _DONE: "1"}
         os.execve(sys.executable, [sys.executable, "-m", "pipeline", *arguments], environment)
     from pipeline.cli import app
 

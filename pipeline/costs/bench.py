@@ -1,8 +1,8 @@
 """Timing members of a space on one device, against the reference network that its cost table was made with.
 
-Every value is a ratio to that reference times its nominal latency, so that what is timed today can be compared
-with a table made last week. Untrained members are remembered by content: the same network is not timed twice, and
-a run that was interrupted decides as it would have. Files that ship are always timed.
+Every value is a ratio to that reference times its nominal latency, so that what is timed today can be
+compared with a table made last week. Untrained members are remembered by content: the same network is not
+timed twice, and a run that was interrupted decides as it would have. Files that ship are always timed.
 """
 
 from __future__ import annotations

@@ -309,8 +309,8 @@ def export_for_timing(
 def untrained(space: SearchSpace, arch: Arch, *, seed: int) -> nn.Module:
     """A member that runs at the speed of a trained one; torch's global generator is left as it was.
 
-    Fresh shifts and statistics are all alike, and an exporter leaves out what is zero and merges what is equal:
-    such a file is 2 to 3 % faster than the trained network's. So they are made distinct here."""
+    Fresh shifts and statistics are all alike, and an exporter leaves out what is zero and merges what is
+    equal: such a file is 2 to 3 % faster than the trained network's. So they are made distinct here."""
     import torch
 
     with torch.random.fork_rng(devices=[]), torch.no_grad():

@@ -63,7 +63,8 @@ def describe_environment() -> Json:
 
 
 def timing_environment() -> Json:
-    """What of this machine decides a latency, beside the profile: a measurement is good only where it is equal."""
+    """What of this machine decides a latency, beside the profile: a measurement is good only where it is
+    equal."""
     runtimes = package_versions(("onnxruntime", "onnxruntime-gpu"))
     return {"cpu": cpu_model(), "gpu": list(gpu_models()), "runtime": runtimes}
 

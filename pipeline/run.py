@@ -1,0 +1,175 @@
+"""A run in progress: its folder, what was asked for, and what several stages need and is made only once."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipeline import __version__
+from pipeline.artifacts import FileCheckpoint, RunFolder, read_yaml, sha256_json, write_bytes, write_yaml
+from pipeline.config import RunConfig, parse
+from pipeline.costs.bench import Bench
+from pipeline.costs.table import SpaceCosts
+from pipeline.data import cache_folder, load_task
+from pipeline.data.base import ImageTask
+from pipeline.devices.environment import timing_environment
+from pipeline.devices.measure import measure
+from pipeline.devices.profile import DeviceProfile
+from pipeline.errors import ConfigError, RunFolderError, StaleArtifact
+from pipeline.spaces import SPACES
+from pipeline.spaces.base import SearchSpace
+from pipeline.types import Json, Progress, Tier
+
+RUN_FILE = "run.yaml"
+
+
+@dataclass
+class Run:
+    """A run in progress: its folder, what was asked for, and what several stages need and is made only
+    once."""
+
+    folder: RunFolder
+    config: RunConfig
+    progress: Progress
+    cache: Path = field(default_factory=cache_folder)
+
+    @cached_property
+    def task(self) -> ImageTask:
+        data = self.config.data
+        return load_task(
+            data.name, seed=0, settings=data.settings.model_dump(exclude_unset=True), progress=self.progress
+        )
+
+    @cached_property
+    def space(self) -> SearchSpace:
+        entry = SPACES[self.config.space.name]
+        return entry.make(self.task.image_shape, len(self.task.classes), self.config.space.settings)
+
+    def bench(self, profile: DeviceProfile) -> Bench:
+        """The device's stopwatch; its profile must have one, and the profile stage must be done."""
+        model = self.costs[profile.name].latency
+        assert model is not None
+        return Bench(
+            self.space,
+            profile,
+            model,
+            cache_dir=self.cache / "costs",
+            environment=timing_environment(),
+            measure=measure,
+            progress=self.progress,
+        )
+
+    def costs_path(self, device: str) -> Path:
+        return self.folder.path("costs", f"{device}.json")
+
+    @cached_property
+    def costs(self) -> dict[str, SpaceCosts]:
+        records = {p.name: self.done(self.costs_path(p.name), "profile") for p in self.config.profiles}
+        return {name: SpaceCosts.from_json(record["table"], self.space) for name, record in records.items()}
+
+    @cached_property
+    def tiers(self) -> tuple[Tier, ...]:
+        """All devices' tiers with absolute limits, in the order of the profiles."""
+        records = [self.done(self.costs_path(profile.name), "profile") for profile in self.config.profiles]
+        return tuple(Tier.from_json(tier) for record in records for tier in record["tiers"])
+
+    def profile(self, device: str) -> DeviceProfile:
+        return next(profile for profile in self.config.profiles if profile.name == device)
+
+    def tier_path(self, tier: Tier, name: str) -> Path:
+        return self.folder.path(tier.device, tier.name, name)
+
+    def done(self, path: Path, stage: str) -> Json:
+        """The record of a stage that must have run."""
+        record = self.folder.read_record(path)
+        if record is None:
+            raise RunFolderError(
+                f"{path}: not there; run `budgetline {stage} --out {self.folder.root}` first"
+            )
+        return record
+
+    @cached_property
+    def input_hashes(self) -> dict[str, str]:
+        """What everything in the run was made from."""
+        return {"space": sha256_json(self.space.fingerprint()), "data": self.task.fingerprint}
+
+    @contextmanager
+    def timed(self) -> Iterator[Callable[[], float]]:
+        started = time.perf_counter()
+        yield lambda: round(time.perf_counter() - started, 3)
+
+
+def open_run(root: Path, wanted: Json | None, where: str, progress: Progress) -> Run:
+    """The run in folder `root`: as its run.yaml says, or, in a new folder, as `wanted` says.
+
+    Raises StaleArtifact where the folder holds a run that was asked for otherwise."""
+    folder = RunFolder(root)
+    path = folder.path(RUN_FILE)
+    asked = None if wanted is None else parse(wanted, where)
+    if path.exists():
+        there = parse(_without_header(read_yaml(path), path), str(path))
+        if asked is not None and asked != there:
+            changed = [k for k, v in asked.to_json().items() if v != there.to_json()[k]]
+            raise StaleArtifact(
+                f"{root}: holds a run with another {', '.join(changed)}; choose another --out, "
+                "or leave the flags out to go on with it"
+            )
+        return Run(folder, there, progress)
+    if asked is None:
+        raise RunFolderError(
+            f"{root}: holds no run ({RUN_FILE} is not there); start one with `budgetline run`"
+        )
+    write_yaml(path, {"budgetline": __version__, **asked.to_json()})
+    return Run(folder, asked, progress)
+
+
+def _without_header(values: Any, path: Path) -> Json:
+    if not isinstance(values, dict) or "budgetline" not in values:
+        raise RunFolderError(f"{path}: was not written by budgetline; choose another --out")
+    return {key: value for key, value in values.items() if key != "budgetline"}
+
+
+def prepare_compute(run: Run) -> None:
+    """Refuse a training device that is not there; make the one that is repeatable."""
+    import torch
+
+    if run.config.device.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise ConfigError(
+                f"device: {run.config.device} was asked for, but torch {torch.__version__} finds no GPU "
+                "that works; use --device cpu, or see `budgetline doctor`"
+            )
+        torch.backends.cudnn.benchmark = True
+    torch.set_flush_denormal(True)
+
+
+class TraceFile:
+    """JSON lines; what a killed run wrote after its last checkpoint is dropped, since it will come again."""
+
+    def __init__(self, path: Path, checkpoint: FileCheckpoint) -> None:
+        self.path = path
+        saved = checkpoint.load()
+        finished = 0 if saved is None else int(saved[1]["iteration"])
+        write_bytes(path, "".join(f"{json.dumps(r)}\n" for r in read_trace(path)[:finished]).encode())
+
+    def write(self, record: Json) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(f"{json.dumps(record)}\n")
+
+
+def read_trace(path: Path) -> list[Json]:
+    """The whole lines of a trace; a line that a killed run left half-written ends it."""
+    records: list[Json] = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+    return records
