@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline import __version__
-from pipeline.errors import BudgetlineError, ConfigError
+from pipeline.errors import BudgetlineError, ConfigError, CorruptArtifact, StorageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,7 +44,8 @@ Profile = Annotated[
     typer.Option(help="Device profile: a YAML file, or a name in profiles/. Repeat for several devices."),
 ]
 Data = Annotated[
-    str | None, typer.Option(help="digits, fashion-mnist, cifar10, each with :PATH, or image-folder:PATH.")
+    str | None,
+    typer.Option(help="digits, fashion-mnist or cifar10 (these two also with :PATH), or image-folder:PATH."),
 ]
 Method = Annotated[str | None, typer.Option(help="importance, asng, random or evolution.")]
 Space = Annotated[str | None, typer.Option(help="Search space: mbconv.")]
@@ -83,11 +85,23 @@ def _friendly() -> Iterator[None]:
     try:
         yield
     except BudgetlineError as error:
-        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        _complain(error)
+        raise typer.Exit(2) from None
+    except OSError as failure:
+        if failure.errno == errno.EPIPE:  # whoever read our output has left; typer ends quietly
+            raise
+        what = f"{failure.filename or 'a temporary file'}: {failure.strerror or failure}"
+        _complain(
+            StorageError(f"{what}; finished stages are kept: put it right and run the same command again")
+        )
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         typer.echo("stopped; nothing is lost: the same command goes on from here", err=True)
         raise typer.Exit(130) from None
+
+
+def _complain(error: BudgetlineError) -> None:
+    typer.echo(f"{type(error).__name__}: {error}", err=True)
 
 
 def _console(to_stderr: bool = True) -> Console:
@@ -234,6 +248,8 @@ def _assign(wanted: Json, setting: str) -> None:
     section = wanted
     for key in keys[:-1]:
         inner = section.get(key)
+        if not isinstance(inner, dict | str | None):
+            raise ConfigError(f"--set {setting}: '{key}' is {inner!r}, which has no settings of its own")
         section[key] = {"name": inner} if isinstance(inner, str) else dict(inner or _default_section(key))
         section = section[key]
     try:
@@ -260,10 +276,12 @@ def _default_name(config: Path | None, wanted: Json | None) -> str:
 @contextmanager
 def _opened(root: Path, wanted: Json | None, where: str) -> Iterator[Run]:
     from pipeline.artifacts import RunFolder
-    from pipeline.run import open_run, prepare_compute
+    from pipeline.run import open_run, prepare_compute, require_run
     from pipeline.ui import progress_for
 
     progress = progress_for(_console())
+    if wanted is None:
+        require_run(root)  # before the lock, which would make the folder
     with RunFolder(root).locked():
         opened = open_run(root, wanted, where, progress)
         prepare_compute(opened)
@@ -289,14 +307,23 @@ def list_runs(
             if (folder / MANIFEST).is_file()
             else [p.parent for p in sorted(folder.glob(f"*/{MANIFEST}"))]
         )
-        manifests = {root: read_manifest(root) for root in roots}
+        manifests, unreadable = {}, []
+        for root in roots:
+            try:
+                manifests[root] = read_manifest(root)
+            except CorruptArtifact as unfit:
+                unreadable.append(unfit)
         if as_json:
             typer.echo(json.dumps([{"path": str(root), **m} for root, m in manifests.items()]))
-            return
-        if not manifests:
+        elif not roots:
             typer.echo(f"no finished run in {folder}; make one with `budgetline run`")
-        for root, manifest in manifests.items():
-            _print_family(manifest, root)
+        else:
+            for root, manifest in manifests.items():
+                _print_family(manifest, root)
+        for problem in unreadable:
+            _complain(problem)
+        if unreadable:
+            raise typer.Exit(2)
 
 
 @app.command(rich_help_panel=_USE, epilog="Example: budgetline verify exports/digits")

@@ -8,10 +8,11 @@ lands in `run.yaml` states them all.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import Field
 
@@ -26,14 +27,20 @@ from pipeline.spaces import SPACES
 from pipeline.train.recipe import Recipe
 from pipeline.types import Json
 
+T = TypeVar("T")
+
 
 class SearchSettings(Settings):
-    """`warm_up` optimiser steps come before the distributions move; `evaluations` is how many architectures'
-    losses are asked for after it; `fit_samples` how many architectures share a step (one per tier if unset);
-    `calibration` how many networks are timed to fit a device's latency predictor."""
+    """`warm_up` optimiser steps come before the first loss; `evaluations` is how many architectures' losses
+    are asked for after it; `fit_samples` how many architectures share a step (one per tier if unset). With
+    `train_in_search` the supernet goes on learning from what the search samples, as published; without it,
+    it is frozen after the warm-up, which trains all members of the tiers' bands alike and so does not
+    favour what was sampled early. `calibration` is how many networks are timed to fit a device's latency
+    predictor."""
 
-    warm_up: int = Field(600, ge=0)
-    evaluations: int = Field(3200, ge=1)
+    warm_up: int = Field(1000, ge=0)
+    evaluations: int = Field(400, ge=1)
+    train_in_search: bool = False
     fit_samples: int | None = Field(None, ge=1)
     calibration: int = Field(30, ge=8)
 
@@ -75,11 +82,15 @@ class RunConfig:
     device: str
 
     def to_json(self) -> Json:
-        """Everything, defaults included; `parse` reads it back to an equal value."""
+        """Everything, defaults included; `parse` reads it back to an equal value. Of data and profiles only
+        what was stated: both refuse a setting that has no effect, which a default that is written out is."""
         return {
             "seed": self.seed,
             "device": self.device,
-            "data": self.data.to_json(),
+            "data": {
+                "name": self.data.name,
+                **self.data.settings.model_dump(mode="json", exclude_unset=True),
+            },
             "profiles": [profile.model_dump(mode="json", exclude_unset=True) for profile in self.profiles],
             "space": self.space.to_json(),
             "method": self.method.to_json(),
@@ -156,16 +167,23 @@ def _named(value: object, key: str, where: str) -> tuple[str, dict[str, Any]]:
     )
 
 
+def _entry(catalogue: Mapping[str, T], name: str, what: str, where: str) -> T:
+    try:
+        return pick(catalogue, name, what)
+    except ConfigError as unknown:
+        raise ConfigError(f"{where}: {unknown}") from None
+
+
 def _data(value: object, where: str) -> PlugIn:
     name, options = _named(value, "data", where)
-    source = pick(DATA, name.partition(":")[0], "data set")
+    source = _entry(DATA, name.partition(":")[0], "data set", where)
     return PlugIn(name, parse_settings(source.settings, options, f"{where}: data"))
 
 
 def _space(value: object, profiles: tuple[DeviceProfile, ...], where: str) -> PlugIn:
     """A space's lane block and operations follow the profiles where the run does not state them."""
     name, options = _named(value, "space", where)
-    entry = pick(SPACES, name, "space")
+    entry = _entry(SPACES, name, "space", where)
     if "lane" in entry.settings.model_fields:
         options.setdefault("lane", max(profile.lane for profile in profiles))
     wanted = next((profile.operations for profile in profiles if profile.operations), None)
@@ -176,13 +194,13 @@ def _space(value: object, profiles: tuple[DeviceProfile, ...], where: str) -> Pl
 
 def _method(value: object, where: str) -> PlugIn:
     name, options = _named(value, "method", where)
-    method = pick(METHODS, name, "method")
+    method = _entry(METHODS, name, "method", where)
     return PlugIn(name, parse_settings(method.config, options, f"{where}: method"))
 
 
 def _evaluator(value: object, where: str) -> PlugIn:
     name, options = _named(value, "evaluator", where)
-    entry = pick(EVALUATORS, name, "evaluator")()
+    entry = _entry(EVALUATORS, name, "evaluator", where)()
     return PlugIn(name, parse_settings(entry.settings, options, f"{where}: evaluator"))
 
 
@@ -212,6 +230,6 @@ def _seed(value: object, where: str) -> int:
 
 
 def _device(value: object, where: str) -> str:
-    if not isinstance(value, str) or value.partition(":")[0] not in ("cpu", "cuda"):
+    if not isinstance(value, str) or not re.fullmatch(r"cpu|cuda(:\d+)?", value):
         raise ConfigError(f"{where}: 'device' is {value!r}; expected cpu, cuda or cuda:N")
     return value

@@ -38,10 +38,16 @@ from pipeline.artifacts import (
 from pipeline.costs.budgets import resolve_tiers, usage_of_budgets
 from pipeline.costs.table import SpaceCosts, build_cost_table, export_for_timing
 from pipeline.derive import Deriver, Trial, Usage
-from pipeline.devices.environment import describe_environment, package_versions, timing_environment
+from pipeline.devices.environment import (
+    describe_environment,
+    package_versions,
+    probe_model,
+    timing_environment,
+)
 from pipeline.devices.measure import measure
 from pipeline.devices.profile import DeviceProfile
-from pipeline.errors import BudgetMissed, RunFolderError
+from pipeline.devices.session import open_session
+from pipeline.errors import BudgetMissed, CorruptArtifact, RunFolderError
 from pipeline.evaluators import EVALUATORS
 from pipeline.report import assemble
 from pipeline.report.html import render_report
@@ -69,6 +75,7 @@ def profile_stage(run: Run) -> None:
         inputs = {"space": run.input_hashes["space"], "profile": sha256_json(profile.model_dump(mode="json"))}
         if run.folder.read_record(path, inputs) is not None:
             continue
+        _refuse_missing_provider(profile)
         with run.timed() as seconds:
             table, how = build_cost_table(
                 run.space,
@@ -89,6 +96,14 @@ def profile_stage(run: Run) -> None:
             "tiers": [tier.to_json() for tier in tiers],
         }
         run.folder.write_record(path, {**record, "seconds": seconds()}, inputs)
+
+
+def _refuse_missing_provider(profile: DeviceProfile) -> None:
+    """Before a minute goes into writing networks that nothing here can run. Raises ProviderError."""
+    if profile.measures_latency:
+        open_session(
+            probe_model(), provider=profile.provider, provider_options=profile.provider_options, threads=1
+        )
 
 
 def _write_reference(run: Run, profile: DeviceProfile, table: SpaceCosts) -> Json | None:
@@ -152,6 +167,7 @@ def _problem(run: Run) -> SearchProblem:
         evaluations=search.evaluations,
         warm_up=search.warm_up,
         fit_samples=search.fit_samples or len(tiers),
+        train_in_search=search.train_in_search,
         seed=run.config.seed,
     )
 
@@ -163,10 +179,26 @@ def _evaluator(run: Run) -> Evaluator:
         run.space,
         run.task,
         plug_in.settings,
-        total_steps=search.warm_up + search.evaluations // (4 * len(run.tiers)),
+        total_steps=search.warm_up
+        + (search.evaluations // (2 * len(run.tiers)) if search.train_in_search else 0),
         seed=run.config.seed,
         device=run.config.device,
     )
+
+
+def _searched_evaluator(run: Run) -> Evaluator:
+    """The evaluator as the search left it."""
+    path = run.folder.path("search", "evaluator.npz")
+    try:
+        state = read_arrays(path)
+    except RunFolderError:
+        result = run.folder.path("search", "result.json")
+        raise CorruptArtifact(
+            f"{path}: what the search learnt is lost; remove {result} to search again"
+        ) from None
+    evaluator = _evaluator(run)
+    evaluator.load_state(state)
+    return evaluator
 
 
 # ----------------------------------------------------------------------------------------------------- derive
@@ -181,8 +213,7 @@ def derive_stage(run: Run, only: str | None = None) -> None:
     ]
     if not waiting:
         return
-    evaluator = _evaluator(run)
-    evaluator.load_state(read_arrays(run.folder.path("search", "evaluator.npz")))
+    evaluator = _searched_evaluator(run)
     pool = _candidate_pool(run)
     for tier in waiting:
         rng = np.random.default_rng([run.config.seed, 102, run.tiers.index(tier)])
@@ -361,9 +392,8 @@ def _first_weights(run: Run, arch: Arch) -> nn.Module:
     from pipeline.evaluators.one_shot import OneShotEvaluator
     from pipeline.train.ema import recalibrate
 
-    evaluator = _evaluator(run)
+    evaluator = _searched_evaluator(run)
     assert isinstance(evaluator, OneShotEvaluator)
-    evaluator.load_state(read_arrays(run.folder.path("search", "evaluator.npz")))
     network = evaluator.supernet.extract(arch)
     stream = Batches(run.task, "weights", 256, seed=run.config.seed, augment=False, drop_last=False)
     recalibrate(network, stream, batches=min(20, stream.steps_per_epoch))
@@ -373,8 +403,11 @@ def _first_weights(run: Run, arch: Arch) -> nn.Module:
 def _trained(run: Run, tier: Tier) -> nn.Module:
     from safetensors.torch import load_file
 
+    path, record = run.tier_path(tier, "weights.safetensors"), run.tier_path(tier, "train.json")
+    if not path.exists() or sha256_file(path) != run.done(record, "retrain")["sha256"]:
+        raise CorruptArtifact(f"{path}: is not the file that was trained; remove {record} to train it again")
     network = _fresh(run, _arch_of(run, tier))
-    network.load_state_dict(load_file(run.tier_path(tier, "weights.safetensors")))
+    network.load_state_dict(load_file(path))
     return network.eval()
 
 

@@ -2,7 +2,8 @@
 
 Training depthwise networks on a CPU spends a quarter to a half of its time in the allocator giving memory
 back to the system, and a supernet visits more shapes than oneDNN keeps compiled; both are read from the
-environment when the process starts, so the commands that train start themselves once more with it.
+environment when the process starts, so the commands that train start themselves once more with it: exactly as
+they were started, since `-m pipeline` would take any folder of that name in the working directory.
 BUDGETLINE_NO_TUNING=1 turns this off; variables that are already set are left alone.
 """
 
@@ -33,7 +34,7 @@ def main() -> None:
         from pipeline.devices.environment import MALLOC
 
         environment = {**MALLOC, **ONEDNN, **os.environ, _DONE: "1"}
-        os.execve(sys.executable, [sys.executable, "-m", "pipeline", *arguments], environment)
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
     from pipeline.cli import app
 
     app(prog_name="budgetline")

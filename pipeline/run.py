@@ -106,27 +106,35 @@ class Run:
 
 
 def open_run(root: Path, wanted: Json | None, where: str, progress: Progress) -> Run:
-    """The run in folder `root`: as its run.yaml says, or, in a new folder, as `wanted` says.
+    """The run in folder `root`: as its run.yaml says, or, where nothing was made yet, as `wanted` says.
 
     Raises StaleArtifact where the folder holds a run that was asked for otherwise."""
     folder = RunFolder(root)
     path = folder.path(RUN_FILE)
     asked = None if wanted is None else parse(wanted, where)
-    if path.exists():
-        there = parse(_without_header(read_yaml(path), path), str(path))
-        if asked is not None and asked != there:
+    if asked is None:
+        require_run(root)
+    there = parse(_without_header(read_yaml(path), path), str(path)) if path.exists() else None
+    if asked is not None and asked != there:
+        if there is not None and any(folder.path("costs").glob("*.json")):
             changed = [k for k, v in asked.to_json().items() if v != there.to_json()[k]]
             raise StaleArtifact(
                 f"{root}: holds a run with another {', '.join(changed)}; choose another --out, "
                 "or leave the flags out to go on with it"
             )
-        return Run(folder, there, progress)
-    if asked is None:
+        write_yaml(path, {"budgetline": __version__, **asked.to_json()})
+    config = asked or there
+    assert config is not None
+    return Run(folder, config, progress)
+
+
+def require_run(root: Path) -> None:
+    """Refuse a folder that holds no run to go on with."""
+    if not (root / RUN_FILE).exists():
         raise RunFolderError(
-            f"{root}: holds no run ({RUN_FILE} is not there); start one with `budgetline run`"
+            f"{root}: holds no run ({RUN_FILE} is not there); start one, for example with "
+            f"`budgetline run --data digits --profile cpu --out {root}`"
         )
-    write_yaml(path, {"budgetline": __version__, **asked.to_json()})
-    return Run(folder, asked, progress)
 
 
 def _without_header(values: Any, path: Path) -> Json:
@@ -140,10 +148,11 @@ def prepare_compute(run: Run) -> None:
     import torch
 
     if run.config.device.startswith("cuda"):
-        if not torch.cuda.is_available():
+        usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (torch.device(run.config.device).index or 0) >= usable:
             raise ConfigError(
-                f"device: {run.config.device} was asked for, but torch {torch.__version__} finds no GPU "
-                "that works; use --device cpu, or see `budgetline doctor`"
+                f"device: {run.config.device} was asked for, but torch {torch.__version__} finds "
+                f"{usable or 'no'} GPUs that work; use --device cpu, or see `budgetline doctor`"
             )
         torch.backends.cudnn.benchmark = True
     torch.set_flush_denormal(True)

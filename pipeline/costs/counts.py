@@ -35,7 +35,11 @@ def weight_bytes(layers: Iterable[Layer]) -> int:
 
 
 def deployed_weights(layer: Layer) -> int:
-    """Numbers that the deployed layer holds: scale and shift of a folded batch norm become one bias."""
+    """Numbers that the deployed layer holds: scale and shift of a folded batch norm become one bias.
+
+    A batch norm of its own keeps its mean and variance beside them, or nothing where it is folded too."""
+    if layer.kind == "norm":
+        return 0 if layer.normalised else 2 * layer.parameters
     return layer.parameters - layer.channels_out if layer.normalised else layer.parameters
 
 

@@ -36,13 +36,17 @@ _FILTER_BLOCKS = 4
 def layer_terms(layer: Layer, lane: int) -> dict[str, float]:
     """What one operator adds to each term of the model: multiply-adds, numbers moved, or 1 for being there.
 
-    A term is `effect` or `effect@resolution`, the resolution in output pixels per side."""
+    A term is `effect` or `effect@resolution`, the resolution in output pixels per side. A batch norm that is
+    folded into the convolution before it adds nothing."""
+    if layer.kind == "norm" and layer.normalised:
+        return {}
     if layer.kind == "linear":
         return {"linear.macs": layer.macs, "linear": 1.0}
     channels_in, channels_out = _padded(layer.channels_in, lane), _padded(layer.channels_out, lane)
     pixels = layer.size_out**2
     if layer.kind != "conv":
-        return {f"{layer.kind}.out": channels_out * pixels, layer.kind: 1.0}
+        name = f"pool{layer.kernel}" if layer.kind == "pool" and layer.kernel > 1 else layer.kind
+        return {f"{name}.out": channels_out * pixels, name: 1.0}
     terms = {"conv.out": float(channels_out * pixels), "conv.weights": float(deployed_weights(layer))}
     if layer.groups == layer.channels_in > 1:
         macs = layer.kernel**2 * channels_out * pixels

@@ -39,7 +39,7 @@ class OneShotSettings(Settings):
     warm_up_steps: int = Field(20, ge=0)
     sandwich: Literal["bands", "space"] = "bands"
     distillation: float = Field(0.5, ge=0, le=1, description="share of the teacher in the others' loss")
-    evaluation_images: int = Field(192, ge=2)
+    evaluation_images: int = Field(1000, ge=2)
     thorough_images: int = Field(2000, ge=2)
 
 
@@ -106,14 +106,14 @@ class OneShotEvaluator:
             total += float(loss.detach()) / len(sandwich)
             if teacher is None:
                 teacher = logits.detach().softmax(1)
-        if not math.isfinite(total):
+        norm = float(nn.utils.clip_grad_norm_(self._weights, self.settings.clip_norm))
+        if not (math.isfinite(total) and math.isfinite(norm)):  # before a step could spoil the weights
             raise DivergedTraining(
-                f"supernet training: the loss is {total} at step {step} (learning rate "
-                f"{self._rate(step):.3g}); lower evaluator.learning_rate"
+                f"supernet training: the loss is {total} and its gradient's norm {norm} at step {step} "
+                f"(learning rate {self._rate(step):.3g}); lower evaluator.learning_rate"
             )
-        norm = nn.utils.clip_grad_norm_(self._weights, self.settings.clip_norm)
         self._optimiser.step()
-        return FitInfo(total, float(norm) ** 2)
+        return FitInfo(total, norm**2)
 
     def _sandwich(self, archs: Sequence[Arch]) -> list[Arch]:
         """Distinct architectures, the teacher (most multiply-adds) first."""

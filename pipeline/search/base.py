@@ -53,8 +53,10 @@ class SearchProblem:
 
     `costs` maps a device's name to its table; every tier's limits are absolute. `evaluations` limits how many
     architectures' losses are asked for. `warm_up` optimiser steps come before the first loss, and every
-    step trains `fit_samples` architectures; both count only for an evaluator that trains. A checkpoint is
-    written at the end of an iteration when the last one is `save_every_s` old."""
+    step trains `fit_samples` architectures; both count only for an evaluator that trains. With
+    `train_in_search` every iteration trains once more, on its own samples; without it the evaluator is
+    frozen after the warm-up and asked on the same images every time. A checkpoint is written at the end of
+    an iteration when the last one is `save_every_s` old."""
 
     space: ChoiceSpace
     costs: Mapping[str, CostTable]
@@ -63,6 +65,7 @@ class SearchProblem:
     evaluations: int
     warm_up: int = 0
     fit_samples: int = 2
+    train_in_search: bool = True
     seed: int = 0
     save_every_s: float = 20.0
     _usage: dict[Arch, FloatArray] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -93,6 +96,16 @@ class SearchProblem:
                 raise ConfigError(
                     f"tier {tier.key}: unknown metric '{metric}'; there are: {', '.join(known)}"
                 )
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the evaluator trains in the warm-up and not after it."""
+        return self.evaluator.trains and not self.train_in_search
+
+    @property
+    def answers_are_fixed(self) -> bool:
+        """Whether asking again gives the same answer."""
+        return self.is_frozen or not (self.evaluator.trains or self.evaluator.noisy)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -304,11 +317,11 @@ def drive(
     """Run a sampler to the problem's evaluation limit, from the checkpoint if there is one.
 
     An iteration asks for architectures, takes one optimiser step on `fit_samples` of them if the evaluator
-    trains, evaluates, and tells. Architectures are made canonical; one that is asked for twice in an
-    iteration is computed, and counted, once. Where the evaluator neither trains nor is noisy, an answer
-    that is already known is used again and not counted, and the search ends early once nothing unknown is
-    asked for. When fewer evaluations are left than an iteration asks for, the first of them are made and
-    the sampler is told no more.
+    trains in the search, evaluates, and tells. Architectures are made canonical; one that is asked for
+    twice in an iteration is computed, and counted, once. Where answers are fixed, one that is already known
+    is used again and not counted, and the search ends early once nothing unknown is asked for. When fewer
+    evaluations are left than an iteration asks for, the first of them are made and the sampler is told no
+    more.
 
     The trace gets one record per iteration; `iteration` counts all optimiser steps from 0, the warm-up's
     included. A checkpoint's record holds `iteration`, the number finished: before resuming, the caller
@@ -350,7 +363,7 @@ class _Search(Generic[State]):
         self.checkpoint, self.clock = checkpoint, clock
         self.inputs = sha256_json(
             [method, config.model_dump(mode="json"), problem.seed, problem.sizes]
-            + [problem.evaluations, problem.warm_up, problem.fit_samples]
+            + [problem.evaluations, problem.warm_up, problem.fit_samples, problem.train_in_search]
             + [tier.to_json() for tier in problem.tiers]
         )
         self.state: State = sampler.init()
@@ -380,7 +393,7 @@ class _Search(Generic[State]):
         choices_NS = self.sampler.ask(self.state, self.rng(STAGE_ASK))
         archs = self.problem.archs(choices_NS)
         record: Json = {"iteration": self.iteration, "stage": "search"}
-        if self.problem.evaluator.trains:
+        if self.problem.evaluator.trains and self.problem.train_in_search:
             record["fit_loss"] = self._fit(archs[: self.problem.fit_samples])
         known = self._evaluate(archs)
         record["evaluations"] = self.evaluations
@@ -409,13 +422,17 @@ class _Search(Generic[State]):
         """Losses of the architectures, or of the first of them when evaluations run out; candidates are
         kept."""
         evaluator = self.problem.evaluator
-        fixed = not evaluator.trains and not evaluator.noisy
+        fixed = self.problem.answers_are_fixed
         new = [arch for arch in dict.fromkeys(archs) if not (fixed and arch in self.candidates)]
         new = new[: self.problem.evaluations - self.evaluations]
         losses = {arch: self.candidates[arch].loss for arch in archs if fixed and arch in self.candidates}
         if new:
             losses |= dict(
-                zip(new, evaluator.losses(new, step=self.iteration)[:, 0].astype(float).tolist(), strict=True)
+                zip(
+                    new,
+                    evaluator.losses(new, step=self._evaluation_step)[:, 0].astype(float).tolist(),
+                    strict=True,
+                )
             )
         for arch in new:
             if not math.isfinite(losses[arch]):
@@ -425,6 +442,11 @@ class _Search(Generic[State]):
         self.evaluations += len(new)
         self.idle = 0 if new else self.idle + 1
         return [losses[arch] for arch in archs] if all(arch in losses for arch in archs) else []
+
+    @property
+    def _evaluation_step(self) -> int:
+        """A frozen supernet is asked on the same images every time."""
+        return self.problem.warm_up if self.problem.is_frozen else self.iteration
 
     def _diverged(self, what: str, value: float, archs: Sequence[Arch]) -> DivergedTraining:
         names = ", ".join(f"{arch.space}{list(arch.choices)}" for arch in archs)

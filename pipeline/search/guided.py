@@ -76,7 +76,7 @@ class _Guide:
     def __init__(self, problem: SearchProblem, config: GuideSettings, bands: BandSampler) -> None:
         self.problem, self.config, self.bands = problem, config, bands
         self.sizes = problem.sizes
-        self.changes = problem.evaluator.noisy or problem.evaluator.trains
+        self.changes = not problem.answers_are_fixed
         self._model: tuple[FloatArray, Surrogate] | None = None
 
     def init(self) -> Guided:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from pipeline.settings import Settings
 from pipeline.spaces.base import SearchSpace
 from pipeline.spaces.mbconv import MBConvSettings, MBConvSpace
+from pipeline.spaces.nb201 import NB201Settings, NB201Space
 
 
 class SpaceEntry(NamedTuple):
@@ -19,4 +20,5 @@ class SpaceEntry(NamedTuple):
 
 SPACES: dict[str, SpaceEntry] = {
     "mbconv": SpaceEntry(MBConvSettings, MBConvSpace),
+    "nb201": SpaceEntry(NB201Settings, NB201Space),
 }

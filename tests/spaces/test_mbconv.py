@@ -57,7 +57,7 @@ def test_layers_have_the_sizes_that_the_module_computes(space: MBConvSpace) -> N
         for module in network.modules():
             if isinstance(module, torch.nn.Conv2d):
                 module.register_forward_hook(
-                    lambda m, _, out: seen.append((m.in_channels, m.out_channels, out.shape[-1]))
+                    lambda m, _, out, seen=seen: seen.append((m.in_channels, m.out_channels, out.shape[-1]))
                 )
         network.eval()(torch.zeros(1, *space.image_shape))
         convolutions = [layer for layer in space.layers(arch) if layer.kind == "conv"]

@@ -1,0 +1,500 @@
+"""Each tier's network beside what one could have had without searching, at the same latency and recipe.
+
+For every tier of a finished run:
+
+- random: members of the space drawn uniformly among those predicted to use 93 to 100 % of the budget, the
+  first three that keep it when timed; the best on the architecture split counts, as a user would choose;
+- uniform: members that make the same choice everywhere, nearest under the budget by prediction, the first
+  two that keep it when timed (further below where none is in that band; `use` says); again the better one;
+- MobileNetV2-like: benchmarks/mobilenet.py, its width chosen by bisection on timed latency.
+
+All are timed on the run's device against the run's reference network, untrained, and may use the budget to
+the full, whereas the searched network left `derive.guard` of it free. All are trained by the run's recipe
+from scratch, without distillation (`--epochs` changes it for all, the searched network included; a searched
+network that was trained exactly so is taken from the run). Nothing is chosen by the test split. Results are
+kept per network: the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.random import Generator
+
+from benchmarks.mobilenet import mobilenet, mobilenet_plan, widest_within, write_for_timing
+from benchmarks.record import Evidence, Target, markdown_table, parser_for, run_script, start_tuned
+from pipeline.algorithms.evolution import random_choices
+from pipeline.artifacts import FileCheckpoint, RunFolder, sha256_json
+from pipeline.costs.bench import Bench
+from pipeline.costs.budgets import usage_of_budgets
+from pipeline.costs.counts import module_flops, module_params
+from pipeline.errors import ConfigError, InfeasibleBudget, RunFolderError
+from pipeline.report.manifest import MANIFEST
+from pipeline.run import Run, open_run, prepare_compute
+from pipeline.spaces.base import SearchSpace
+from pipeline.spaces.mbconv import Plan
+from pipeline.train.assess import assess
+from pipeline.train.recipe import Recipe
+from pipeline.train.retrain import retrain, seeded
+from pipeline.types import Arch, FloatArray, Json, Tier
+from pipeline.ui import clock, progress_for
+from pipeline.units import format_value
+
+if TYPE_CHECKING:
+    from torch import nn
+
+BAND = 0.93
+LOT, DRAWS = 2_000, 400_000
+SEARCHED, RANDOM, UNIFORM, MOBILENET = "searched", "random", "uniform", "MobileNetV2-like"
+RIVALS = (RANDOM, UNIFORM, MOBILENET)
+
+
+# --------------------------------------------------------------------------------------------------- entrants
+
+
+@dataclass(frozen=True, slots=True)
+class Entrant:
+    """A network that stands for a tier: a member of the space (`arch`), or a scaled MobileNetV2 (`width`)."""
+
+    role: str
+    latency_ms: float
+    arch: Arch | None = None
+    width: float | None = None
+
+    def to_json(self) -> Json:
+        return {**asdict(self), "arch": None if self.arch is None else self.arch.to_json()}
+
+    @classmethod
+    def from_json(cls, record: Json) -> Entrant:
+        arch = None if record["arch"] is None else Arch.from_json(record["arch"])
+        return cls(record["role"], record["latency_ms"], arch, record["width"])
+
+    def key(self, space: SearchSpace) -> str:
+        """What its training is kept under: equal networks of two tiers are trained once."""
+        if self.arch is not None:
+            return self.arch.key
+        return f"mobilenet-{sha256_json(self._plan(space))[:16]}"
+
+    def _plan(self, space: SearchSpace) -> Plan:
+        assert self.width is not None
+        return mobilenet_plan(space.image_shape, space.num_classes, self.width)
+
+    def build(self, space: SearchSpace, seed: int) -> nn.Module:
+        if self.arch is None:
+            return mobilenet(self._plan(space), seed)
+        with seeded(seed):
+            return space.build(self.arch)
+
+    def name(self) -> str:
+        return self.role if self.width is None else f"{self.role} ×{self.width:.2f}"
+
+
+def random_members(
+    space: SearchSpace, usage: Callable[[Sequence[Arch]], FloatArray], rng: Generator
+) -> Iterator[Arch]:
+    """Distinct members of the band, as uniform draws from the space meet them; ends after 400,000 draws."""
+    sizes = [len(slot.choices) for slot in space.slots]
+    seen: set[Arch] = set()
+    for _ in range(DRAWS // LOT):
+        rows = random_choices(sizes, LOT, rng).tolist()
+        archs = list(dict.fromkeys(space.canonical(Arch(space.name, tuple(row))) for row in rows))
+        for arch, use in zip(archs, usage(archs), strict=True):
+            if BAND <= use <= 1.0 and arch not in seen:
+                seen.add(arch)
+                yield arch
+
+
+def uniform_members(space: SearchSpace, usage: Callable[[Sequence[Arch]], FloatArray]) -> Iterator[Arch]:
+    """All that are predicted to keep the budget, the nearest to it first."""
+    archs = list(space.uniform())
+    predicted = sorted(zip(usage(archs).tolist(), archs, strict=True), reverse=True)
+    yield from (arch for use, arch in predicted if use <= 1.0)
+
+
+def first_that_keep(
+    archs: Iterable[Arch],
+    count: int,
+    latencies_ms: Callable[[Sequence[Arch]], Sequence[float]],
+    budget_ms: float,
+) -> list[tuple[Arch, float]]:
+    """The first `count` whose timed latency keeps the budget, with it; timed in lots."""
+    kept: list[tuple[Arch, float]] = []
+    waiting = iter(archs)
+    while len(kept) < count and (lot := list(itertools.islice(waiting, 2 * (count - len(kept))))):
+        timed = zip(lot, latencies_ms(lot), strict=True)
+        kept += [(arch, latency_ms) for arch, latency_ms in timed if latency_ms <= budget_ms]
+    return kept[:count]
+
+
+def select_entrants(
+    run: Run, tier: Tier, counts: dict[str, int], seed: int
+) -> tuple[list[Entrant], dict[str, str]]:
+    """The searched network of a tier and its rivals, all timed; and why a rival is missing, by role."""
+    bench, budget_ms = run.bench(run.profile(tier.device)), tier.budgets["latency_ms"]
+    usage = partial(usage_of_budgets, run.costs[tier.device], tier)
+    searched = Arch.from_json(run.done(run.tier_path(tier, "arch.json"), "derive")["arch"])
+
+    def latencies_ms(archs: Sequence[Arch]) -> list[float]:
+        return [record.latency_ms for record in bench.time(archs)]
+
+    missing: dict[str, str] = {}
+    rng = np.random.default_rng([seed, run.tiers.index(tier)])
+    entrants = [Entrant(SEARCHED, latencies_ms([searched])[0], searched)]
+    for role, archs in (
+        (RANDOM, random_members(run.space, usage, rng)),
+        (UNIFORM, uniform_members(run.space, usage)),
+    ):
+        kept = first_that_keep(archs, counts[role], latencies_ms, budget_ms)
+        if not kept:
+            missing[role] = f"no {role} member was found that keeps the budget"
+        entrants += [Entrant(role, latency_ms, arch) for arch, latency_ms in kept]
+    try:
+        entrants.append(select_mobilenet(run, bench, budget_ms))
+    except InfeasibleBudget as unreachable:
+        missing[MOBILENET] = str(unreachable)
+    return entrants, missing
+
+
+def select_mobilenet(run: Run, bench: Bench, budget_ms: float) -> Entrant:
+    """Widths that round to the same network are timed once."""
+    shape = run.space.image_shape
+    known: dict[Plan, float] = {}
+
+    def latency_ms_of(width: float) -> float:
+        plan = mobilenet_plan(shape, run.space.num_classes, width)
+        if plan not in known:
+            with tempfile.TemporaryDirectory(prefix="budgetline-rivals-") as folder:
+                path = Path(folder, "mobilenet.onnx")
+                write_for_timing(plan, path, bench.profile, shape)
+                known[plan] = bench.time_files([path])[0].latency_ms
+        return known[plan]
+
+    width = widest_within(latency_ms_of, budget_ms)
+    return Entrant(MOBILENET, latency_ms_of(width), width=width)
+
+
+# --------------------------------------------------------------------------------------------------- training
+
+
+@dataclass
+class Pace:
+    """Guesses how long training takes: seconds grow with latency × epochs. The run's own tiers come first."""
+
+    work: float = 0.0
+    seconds: float = 0.0
+
+    def saw(self, latency_ms: float, epochs: int, seconds: float) -> None:
+        self.work += latency_ms * epochs
+        self.seconds += seconds
+
+    def guess(self, latencies_ms: Iterable[float], epochs: int) -> float:
+        return sum(latencies_ms) * epochs * self.seconds / self.work if self.work else float("nan")
+
+
+@dataclass(frozen=True)
+class Gym:
+    """Trains entrants by one recipe and keeps what came of each in the work folder."""
+
+    run: Run
+    work: RunFolder
+    recipe: Recipe
+
+    def path(self, entrant: Entrant, seed: int) -> Path:
+        name = f"{entrant.key(self.run.space)}-{self.recipe.epochs}epochs-seed{seed}.json"
+        return self.work.path("networks", name)
+
+    def _inputs(self, seed: int) -> dict[str, str]:
+        return {
+            **self.run.input_hashes,
+            "recipe": sha256_json([self.recipe.model_dump(mode="json"), seed]),
+        }
+
+    def known(self, entrant: Entrant, seed: int) -> Json | None:
+        return self.work.read_record(self.path(entrant, seed), self._inputs(seed))
+
+    def train(self, entrant: Entrant, seed: int, label: str) -> Json:
+        network = entrant.build(self.run.space, seed)
+        path, device = self.path(entrant, seed), self.run.config.device
+        checkpoint = FileCheckpoint(path.with_suffix(".npz"))
+        trained = retrain(
+            network,
+            self.run.task,
+            self.recipe,
+            seed=seed,
+            checkpoint=checkpoint,
+            progress=self.run.progress,
+            label=label,
+            device=device,
+        )
+        record = {
+            "architecture": trained.accuracy,
+            "test": assess(network, self.run.task, device=device).accuracy,
+            "params": module_params(network),
+            "flops": module_flops(network, self.run.space.image_shape),
+            "seconds": round(trained.seconds, 1),
+            "from_run": False,
+        }
+        self.work.write_record(path, record, self._inputs(seed))
+        checkpoint.remove()
+        return record
+
+    def take_from_run(self, tier: Tier, entrant: Entrant, seed: int) -> None:
+        """Where the run trained its network by this very recipe and seed, that result is used."""
+        if (self.recipe, seed) != (self.run.config.retrain, self.run.config.seed) or self.known(
+            entrant, seed
+        ):
+            return
+        train = self.run.done(self.run.tier_path(tier, "train.json"), "retrain")
+        export = self.run.done(self.run.tier_path(tier, "export.json"), "export")
+        measured = self.run.done(self.run.tier_path(tier, "measure.json"), "measure")["measured"]
+        record = {
+            "architecture": train["accuracy"],
+            "test": 100 * export["accuracy"]["test"],
+            "params": measured["params"],
+            "flops": measured["flops"],
+            "seconds": round(train["seconds"], 1),
+            "from_run": True,
+        }
+        self.work.write_record(self.path(entrant, seed), record, self._inputs(seed))
+
+
+def train_all(gym: Gym, entrants: dict[Tier, list[Entrant]], seeds: Sequence[int], pace: Pace) -> None:
+    """Tier by tier, so that a tier is finished as early as can be; each network once."""
+    todo = {
+        gym.path(entrant, seed): (tier, entrant, seed)
+        for tier, members in entrants.items()
+        for seed in seeds
+        for entrant in members
+        if gym.known(entrant, seed) is None
+    }
+    waiting = list(todo.values())
+    for number, (tier, entrant, seed) in enumerate(waiting, start=1):
+        left = pace.guess((other.latency_ms for _, other, _ in waiting[number - 1 :]), gym.recipe.epochs)
+        label = f"[{number}/{len(waiting)}] {tier.name}: {entrant.name()}, seed {seed}"
+        gym.run.progress.say(f"{label}; about {clock(left)} left of all" if left == left else label)
+        record = gym.train(entrant, seed, label)
+        pace.saw(entrant.latency_ms, gym.recipe.epochs, record["seconds"])
+        gym.run.progress.say(f"{label}: {record['architecture']:.2f} % on the architecture split")
+
+
+# -------------------------------------------------------------------------------------------------- comparing
+
+
+def entrant_numbers(entrant: Entrant, budget_ms: float, records: Sequence[Json]) -> Json:
+    """One entrant's numbers; accuracies in per cent, the mean over seeds."""
+    return {
+        **entrant.to_json(),
+        "name": entrant.name(),
+        "use": entrant.latency_ms / budget_ms,
+        **{key: records[0][key] for key in ("params", "flops")},
+        **{key: fmean(record[key] for record in records) for key in ("architecture", "test", "seconds")},
+        "test_by_seed": [record["test"] for record in records],
+        "from_run": all(record["from_run"] for record in records),
+    }
+
+
+def best_of(members: Sequence[Json], role: str) -> Json | None:
+    """The member of a role that the architecture split prefers."""
+    return max(
+        (m for m in members if m["role"] == role), key=lambda m: float(m["architecture"]), default=None
+    )
+
+
+def compare(members: Sequence[Json]) -> Json:
+    """Per rival its best, and the searched network's margin in points of test accuracy; below 0 it loses."""
+    searched = best_of(members, SEARCHED)
+    assert searched is not None
+    best = {role: best_of(members, role) for role in RIVALS}
+    return {
+        "searched": searched,
+        "best": best,
+        "margins": {
+            role: None if rival is None else searched["test"] - rival["test"] for role, rival in best.items()
+        },
+        "all": list(members),
+    }
+
+
+def comparison_targets(tiers: dict[str, Json]) -> list[Target]:
+    return [
+        Target(f"{tier}: searched against {role}", "≥ 0 points", f"{margin:+.2f} points", margin >= 0)
+        for tier, result in tiers.items()
+        for role, margin in result["margins"].items()
+        if margin is not None
+    ]
+
+
+def comparison_table(tiers: dict[str, Json]) -> str:
+    headings = ["tier", "budget", "network", "use", "params", "FLOPs", "architecture %", "test %", "margin"]
+    rows: list[list[str]] = []
+    for tier, result in tiers.items():
+        shown = [result["searched"], *(rival for rival in result["best"].values() if rival is not None)]
+        for number, member in enumerate(shown):
+            count = sum(other["role"] == member["role"] for other in result["all"])
+            margin = result["margins"].get(member["role"])
+            rows.append(
+                [
+                    tier if number == 0 else "",
+                    format_value("latency_ms", result["budget_ms"]) if number == 0 else "",
+                    member["name"] if count == 1 else f"best of {count} {member['name']}",
+                    f"{100 * member['use']:.1f} %",
+                    format_value("params", member["params"]),
+                    format_value("flops", member["flops"]),
+                    f"{member['architecture']:.2f}",
+                    f"{member['test']:.2f}",
+                    "" if margin is None else f"{margin:+.2f}",
+                ]
+            )
+    notes = [f"{tier}: {reason}." for tier, result in tiers.items() for reason in result["missing"].values()]
+    return "\n\n".join([markdown_table(headings, rows), *notes])
+
+
+# ----------------------------------------------------------------------------------------------------- script
+
+
+def chosen_tiers(run: Run, names: str | None) -> list[Tier]:
+    """Those of `--tiers a,b`, all by default; each must limit latency and nothing else."""
+    wanted = None if names is None else [name.strip() for name in names.split(",")]
+    tiers = [t for t in run.tiers if wanted is None or t.name in wanted or t.key in wanted]
+    unknown = [name for name in wanted or [] if not any(name in (t.name, t.key) for t in tiers)]
+    if unknown:
+        raise ConfigError(
+            f"--tiers: no tier '{unknown[0]}'; there are: {', '.join(t.key for t in run.tiers)}"
+        )
+    for tier in tiers:
+        if set(tier.budgets) != {"latency_ms"}:
+            raise ConfigError(
+                f"tier {tier.key} limits {', '.join(tier.budgets)}; networks are compared at equal latency, "
+                "so leave it out with --tiers"
+            )
+    return tiers
+
+
+def comparable_recipe(recipe: Recipe, epochs: int | None) -> Recipe:
+    """The run's recipe without what only its own networks could have: the supernet's weights, a teacher."""
+    changes = {"start": "scratch", "distil": None} | ({} if epochs is None else {"epochs": epochs})
+    return Recipe.model_validate({**recipe.model_dump(), **changes})
+
+
+def selection_of(
+    run: Run, work: RunFolder, tier: Tier, counts: dict[str, int], seed: int
+) -> tuple[list[Entrant], dict[str, str]]:
+    """`select_entrants`, as chosen before where this was started before."""
+    path = work.path("entrants", f"{tier.device}-{tier.name}.json")
+    arch = run.done(run.tier_path(tier, "arch.json"), "derive")
+    inputs = {
+        **run.input_hashes,
+        "tier": sha256_json([tier.to_json(), arch["key"]]),
+        "selection": sha256_json([BAND, counts, seed]),
+    }
+    record = work.read_record(path, inputs)
+    if record is None:
+        run.progress.say(f"{tier.key}: choosing rivals by timing them")
+        entrants, missing = select_entrants(run, tier, counts, seed)
+        record = {"entrants": [entrant.to_json() for entrant in entrants], "missing": missing}
+        work.write_record(path, record, inputs)
+    return [Entrant.from_json(entrant) for entrant in record["entrants"]], record["missing"]
+
+
+def origin_of(run: Run, tier: Tier) -> str | None:
+    """How the searched network became a finalist: by the search's loss, as a uniform member, or at random."""
+    record = run.done(run.tier_path(tier, "arch.json"), "derive")
+    return next((str(t["origin"]) for t in record["trials"] if t["arch"] == record["arch"]), None)
+
+
+def pace_of(run: Run, tiers: Sequence[Tier]) -> Pace:
+    pace = Pace()
+    for tier in tiers:
+        train = run.done(run.tier_path(tier, "train.json"), "retrain")
+        measured = run.done(run.tier_path(tier, "measure.json"), "measure")["measured"]
+        pace.saw(measured["latency_ms"], train["epochs"], train["seconds"])
+    return pace
+
+
+def whole_numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def arguments() -> Namespace:
+    parser = parser_for("rivals", __doc__, "--run-folder exports/cifar10 --json rivals-cifar10.json")
+    parser.add_argument("--run-folder", type=Path, required=True, metavar="FOLDER", help="a finished run")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="default: FOLDER-rivals, beside FOLDER")
+    parser.add_argument("--epochs", type=int, help="for all networks; default: as the run's recipe")
+    parser.add_argument("--tiers", help="names with commas between; default: all")
+    parser.add_argument(
+        "--seeds",
+        type=whole_numbers,
+        default=[0],
+        help="of training, with commas between; the first draws rivals",
+    )
+    parser.add_argument("--random", type=int, default=3, help="random members per tier")
+    parser.add_argument("--uniform", type=int, default=2, help="uniform members per tier")
+    return parser.parse_args()
+
+
+def main() -> bool:
+    asked = arguments()
+    start_tuned("rivals")
+    from rich.console import Console
+
+    evidence = Evidence("rivals")
+    folder: Path = asked.run_folder.resolve()
+    if not (folder / MANIFEST).is_file():
+        raise RunFolderError(f"{asked.run_folder}: holds no finished run; finish it with `budgetline run`")
+    run = open_run(folder, None, "command line", progress_for(Console(stderr=True)))
+    prepare_compute(run)
+    seeds: list[int] = asked.seeds
+    tiers = chosen_tiers(run, asked.tiers)
+    work = RunFolder(asked.work or folder.with_name(f"{folder.name}-rivals"))
+    gym = Gym(run, work, comparable_recipe(run.config.retrain, asked.epochs))
+    counts = {RANDOM: asked.random, UNIFORM: asked.uniform}
+    with work.locked():
+        selected = {tier: selection_of(run, work, tier, counts, seeds[0]) for tier in tiers}
+        entrants = {tier: members for tier, (members, _) in selected.items()}
+        for tier, seed in itertools.product(tiers, seeds):
+            gym.take_from_run(tier, entrants[tier][0], seed)
+        train_all(gym, entrants, seeds, pace_of(run, tiers))
+        results = {tier.key: _result(gym, tier, *selected[tier], seeds) for tier in tiers}
+    evidence.finish(
+        asked.json,
+        seeds=seeds,
+        numbers={
+            "data": run.task.name,
+            "run": folder.name,
+            "recipe": gym.recipe.model_dump(mode="json"),
+            "band": BAND,
+            "tiers": results,
+        },
+        targets=comparison_targets(results),
+        table=comparison_table(results),
+    )
+    return True  # where the search does not win is said, and is no failure of the comparison
+
+
+def _result(
+    gym: Gym, tier: Tier, entrants: Sequence[Entrant], missing: dict[str, str], seeds: Sequence[int]
+) -> Json:
+    budget_ms = tier.budgets["latency_ms"]
+    members = []
+    for entrant in entrants:
+        records = [record for seed in seeds if (record := gym.known(entrant, seed)) is not None]
+        members.append(entrant_numbers(entrant, budget_ms, records))
+    return {
+        "budget_ms": budget_ms,
+        "searched_origin": origin_of(gym.run, tier),
+        "missing": missing,
+        **compare(members),
+    }
+
+
+if __name__ == "__main__":
+    run_script(main)
