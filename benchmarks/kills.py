@@ -7,7 +7,8 @@ The same job three times, each in a folder of its own:
 2. uninterrupted, noting when each record was there;
 3. killed (SIGKILL to the whole process group) at random moments and started again by the same command until
    it is done. The moments are one in each equal part of the uninterrupted run's length; one is reached when
-   the records that the uninterrupted run had by then are there and the time since the last has passed.
+   the records that the uninterrupted run had by then are there and as much work was done after the last of
+   them, what the interrupted stage had kept in its checkpoint included.
 
 Then everything that does not measure time must be equal: candidates, trace, shared weights, architectures,
 brief trainings, weights, and ONNX files, the files by sha256.
@@ -41,7 +42,7 @@ from benchmarks.record import (
     parser_for,
     run_script,
 )
-from pipeline.artifacts import read_arrays, read_json, sha256_file, sha256_json
+from pipeline.artifacts import FileCheckpoint, read_arrays, read_json, sha256_file, sha256_json
 from pipeline.config import parse, read_config
 from pipeline.errors import BudgetlineError
 from pipeline.types import Json
@@ -96,29 +97,46 @@ class Job:
         """The stage that is at work in a folder."""
         return next((stage for stage, path in self.records() if not (folder / path).exists()), "end")
 
+    def kept_s(self, folder: Path) -> float:
+        """Seconds of work in the checkpoint of the stage at work."""
+        unfinished = [tier for tier in self.tiers if not (folder / tier / "train.json").exists()]
+        paths = {
+            "search": [folder / "search/state.npz"],
+            "retrain": [folder / tier / "training.npz" for tier in unfinished],
+        }
+        loaded = [FileCheckpoint(path).load() for path in paths.get(self.stage(folder), [])]
+        return max((float(found[1]["seconds"]) for found in loaded if found is not None), default=0.0)
+
 
 # --------------------------------------------------------------------------------------------------- timeline
 
 
-@dataclass(frozen=True, slots=True)
-class Moment:
-    """`wait_s` after `records` records are there."""
+@dataclass(frozen=True)
+class Timeline:
+    """`reached_s[i]` is when the uninterrupted run had i + 1 records."""
 
-    at_s: float
-    records: int
-    wait_s: float
+    reached_s: tuple[float, ...]
 
+    def moments(self, times: int, rng: Generator) -> list[float]:
+        """One random moment in each of `times` equal parts of the run, in order."""
+        drawn = (np.arange(times) + rng.random(times)) * LAST_SHARE * self.reached_s[-1] / times
+        return [float(at_s) for at_s in drawn]
 
-def moments(reached_s: Sequence[float], times: int, rng: Generator) -> list[Moment]:
-    """One random moment in each of `times` equal parts of a run, in order. `reached_s[i]` is when the run had
-    i + 1 records."""
-    length_s = LAST_SHARE * reached_s[-1]
-    drawn = (np.arange(times) + rng.random(times)) * length_s / times
-    counts = [bisect_right(reached_s, at_s) for at_s in drawn.tolist()]
-    return [
-        Moment(at_s, count, at_s - (reached_s[count - 1] if count else 0.0))
-        for at_s, count in zip(drawn.tolist(), counts, strict=True)
-    ]
+    def records_at(self, at_s: float) -> int:
+        return bisect_right(self.reached_s, at_s)
+
+    def since_record(self, at_s: float) -> float:
+        """Seconds since the last record before `at_s`."""
+        return at_s - self.position(self.records_at(at_s), 0.0)
+
+    def position(self, records: int, kept_s: float) -> float:
+        """The moment of the uninterrupted run at which it stood where a folder stands."""
+        return (self.reached_s[records - 1] if records else 0.0) + kept_s
+
+    @property
+    def start_s(self) -> float:
+        """What a process needs before it works."""
+        return self.reached_s[0]
 
 
 # ---------------------------------------------------------------------------------------------------- running
@@ -145,8 +163,8 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def run_through(job: Job, folder: Path, cache: Path, log: Path) -> tuple[float, list[float]]:
-    """Seconds of an uninterrupted run, and when each count of records was reached."""
+def run_through(job: Job, folder: Path, cache: Path, log: Path) -> tuple[float, Timeline]:
+    """An uninterrupted run: its seconds, and when it had which records."""
     reached_s: list[float] = []
     with started(job, folder, cache, log) as process:
         began = time.perf_counter()
@@ -156,7 +174,8 @@ def run_through(job: Job, folder: Path, cache: Path, log: Path) -> tuple[float, 
             time.sleep(POLL_SECONDS)
         seconds = time.perf_counter() - began
         _check_ended_well(process, log)
-    return seconds, reached_s + [seconds] * (len(job.records()) - len(reached_s))
+    reached_s += [seconds] * (len(job.records()) - len(reached_s))
+    return seconds, Timeline(tuple(reached_s))
 
 
 def _check_ended_well(process: subprocess.Popen[bytes], log: Path) -> None:
@@ -167,54 +186,58 @@ def _check_ended_well(process: subprocess.Popen[bytes], log: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """`planned_s` is the moment of the uninterrupted run, `alive_s` how long this process had lived."""
+    """`planned_s` is the moment of the uninterrupted run, `alive_s` how long this process had lived, `kept_s`
+    the seconds of work in the checkpoint that the next process goes on from within the stage."""
 
     planned_s: float
     alive_s: float
     stage: str
     records: int
+    kept_s: float
 
 
 def run_killed(
-    job: Job, folder: Path, cache: Path, log: Path, plan: Sequence[Moment], start_s: float
+    job: Job, folder: Path, cache: Path, log: Path, timeline: Timeline, plan: Sequence[float]
 ) -> tuple[list[Kill], int]:
     """Kill at every moment of the plan, then let the job end. The kills, and how often it gave up."""
     kills: list[Kill] = []
     failures = 0
-    waiting = list(plan)
     while True:
         with started(job, folder, cache, log) as process:
             began = time.perf_counter()
-            due = _wait_for(process, job, folder, waiting[0], start_s) if waiting else False
-            if due:
-                stage, count = job.stage(folder), job.finished(folder)
+            planned_s = plan[len(kills)] if len(kills) < len(plan) else None
+            if planned_s is not None:
+                _wait_for(process, job, folder, timeline, planned_s)
                 kill_group(process)
-                moment = waiting.pop(0)
-                alive_s = round(time.perf_counter() - began, 2)
-                kills.append(Kill(round(moment.at_s, 2), alive_s, stage, count))
-                print(f"kill {len(kills)}/{len(plan)} after {alive_s:.1f} s, at work: {stage}", flush=True)
-                continue
-            if process.wait() == 0:
-                return kills, failures
+            process.wait()
+            alive_s = time.perf_counter() - began
+        if planned_s is not None and process.returncode == -signal.SIGKILL:
+            kept_s = round(job.kept_s(folder), 2)
+            stage, count = job.stage(folder), job.finished(folder)
+            kills.append(Kill(round(planned_s, 2), round(alive_s, 2), stage, count, kept_s))
+            print(f"kill {len(kills)}/{len(plan)} after {alive_s:.1f} s, at work: {stage}", flush=True)
+        elif process.returncode == 0:
+            return kills, failures
+        else:
             failures += 1
             if failures > FAILURES_ALLOWED:
                 _check_ended_well(process, log)
 
 
 def _wait_for(
-    process: subprocess.Popen[bytes], job: Job, folder: Path, moment: Moment, start_s: float
-) -> bool:
-    """Whether the moment came before the process ended. A process that finds the moment's records there has
-    to start (`start_s`) before it goes on from them."""
-    there = job.finished(folder) >= moment.records
-    until = time.perf_counter() + start_s + moment.wait_s if there and moment.records else None
-    while process.poll() is None:
-        if until is None and job.finished(folder) >= moment.records:
-            until = time.perf_counter() + moment.wait_s
-        if until is not None and time.perf_counter() >= until:
-            return True
+    process: subprocess.Popen[bytes], job: Job, folder: Path, timeline: Timeline, at_s: float
+) -> None:
+    """Until the moment has come, or the process ends. One that finds the moment's records there starts, and
+    then goes on from what its checkpoint holds."""
+    wanted, until = timeline.records_at(at_s), None
+    count = job.finished(folder)
+    if count >= wanted and count:
+        ahead_s = at_s - timeline.position(count, job.kept_s(folder))
+        until = time.perf_counter() + timeline.start_s + max(0.0, ahead_s)
+    while process.poll() is None and (until is None or time.perf_counter() < until):
+        if until is None and job.finished(folder) >= wanted:
+            until = time.perf_counter() + timeline.since_record(at_s)
         time.sleep(POLL_SECONDS)
-    return False
 
 
 # -------------------------------------------------------------------------------------------------- comparing
@@ -287,11 +310,11 @@ def show(job: Job, root: Path, times: int, seed: int) -> tuple[Json, list[Target
     print("first run, to fill the cache", flush=True)
     run_through(job, first, cache, log)
     print("uninterrupted run", flush=True)
-    seconds, reached_s = run_through(job, through, cache, log)
+    seconds, timeline = run_through(job, through, cache, log)
     print(f"took {seconds:.0f} s; now with {times} kills", flush=True)
     began = time.perf_counter()
-    plan = moments(reached_s, times, np.random.default_rng(seed))
-    kills, failures = run_killed(job, killed, cache, log, plan, start_s=reached_s[0])
+    plan = timeline.moments(times, np.random.default_rng(seed))
+    kills, failures = run_killed(job, killed, cache, log, timeline, plan)
     killed_seconds = time.perf_counter() - began
     expected = outcome(through, job.tiers)
     apart = differences(expected, outcome(killed, job.tiers))
@@ -303,7 +326,7 @@ def show(job: Job, root: Path, times: int, seed: int) -> tuple[Json, list[Target
         "seconds_killed": round(killed_seconds, 1),
         "gave_up_by_itself": failures,
         "compared": sorted(expected),
-        "records_reached_s": [round(at_s, 2) for at_s in reached_s],
+        "records_reached_s": [round(at_s, 2) for at_s in timeline.reached_s],
         "job": job.config.as_posix(),
     }
     return numbers, kill_targets(kills, times, apart, repeated), _table(numbers)
@@ -311,10 +334,12 @@ def show(job: Job, root: Path, times: int, seed: int) -> tuple[Json, list[Target
 
 def _table(numbers: Json) -> str:
     rows = [
-        [number, kill["stage"], f"{kill['planned_s']:.1f} s", f"{kill['alive_s']:.1f} s"]
+        [number, kill["stage"], *(f"{kill[key]:.1f} s" for key in ("planned_s", "alive_s", "kept_s"))]
         for number, kill in enumerate(numbers["kills"], start=1)
     ]
-    kills = markdown_table(["kill", "at work", "moment of the job", "after its start"], rows)
+    kills = markdown_table(
+        ["kill", "at work", "moment of the job", "after its start", "work kept in the stage"], rows
+    )
     return (
         f"{kills}\n\n{len(numbers['compared'])} things compared; {numbers['seconds_uninterrupted']:.0f} s "
         f"uninterrupted, {numbers['seconds_killed']:.0f} s with the kills."

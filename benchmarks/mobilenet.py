@@ -14,9 +14,9 @@ import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
 from torch import nn
 
+from pipeline.costs.table import make_distinct
 from pipeline.deploy.export import export_skeleton
 from pipeline.devices.profile import DeviceProfile
 from pipeline.errors import InfeasibleBudget
@@ -83,10 +83,8 @@ def write_for_timing(
     """An untrained file that runs at the speed of a trained one, as `pipeline.costs.table.untrained` makes a
     member of a space do: what is alike in a fresh network is made distinct."""
     network = mobilenet(plan, seed=0)
-    with seeded(0), torch.no_grad():
-        for value in network.state_dict().values():
-            if value.dtype.is_floating_point and bool((value == value.flatten()[0]).all()):
-                value.add_(0.1 * torch.randn_like(value).clamp(-3, 3))
+    with seeded(0):
+        make_distinct(network)
     export_skeleton(network, path, image_shape=image_shape, batch=profile.batch, opset=profile.opset)
 
 
