@@ -48,7 +48,7 @@ Data = Annotated[
     typer.Option(help="digits, fashion-mnist or cifar10 (these two also with :PATH), or image-folder:PATH."),
 ]
 Method = Annotated[str | None, typer.Option(help="importance, asng, random or evolution.")]
-Space = Annotated[str | None, typer.Option(help="Search space: mbconv.")]
+Space = Annotated[str | None, typer.Option(help="Search space: mbconv or nb201.")]
 EvaluatorName = Annotated[str | None, typer.Option("--evaluator", help="Learning signal: one-shot.")]
 Out = Annotated[Path | None, typer.Option(help="Run folder; default exports/NAME.", show_default=False)]
 Seed = Annotated[int | None, typer.Option(help="Decides everything random.", min=0)]

@@ -217,7 +217,7 @@ class NB201Space:
         return (KERNELS[op] for op in arch.choices if op in KERNELS)
 
     def describe(self, arch: Arch) -> Json:
-        """Edge → operation, of the edges that are alive."""
+        """Edge → operation; dead edges are `none`."""
         choices = self.canonical(arch).choices
         return {slot.name: OPERATIONS[op] for slot, op in zip(self.slots, choices, strict=True)}
 
