@@ -129,8 +129,15 @@ def search_stage(run: Run) -> None:
     config = run.config
     inputs = {
         **run.input_hashes,
-        **{f"costs of {p.name}": sha256_file(run.costs_path(p.name)) for p in config.profiles},
-        "method": sha256_json([config.method.to_json(), config.evaluator.to_json(), config.seed]),
+        **{f"costs of {p.name}": _hash_of_costs(run, p) for p in config.profiles},
+        "search settings": sha256_json(
+            [
+                config.method.to_json(),
+                config.evaluator.to_json(),
+                config.search.model_dump(mode="json"),
+                config.seed,
+            ]
+        ),
     }
     if run.folder.read_record(path, inputs) is not None:
         return
@@ -155,6 +162,12 @@ def search_stage(run: Run) -> None:
         inputs,
     )
     checkpoint.remove()
+
+
+def _hash_of_costs(run: Run, profile: DeviceProfile) -> str:
+    path = run.costs_path(profile.name)
+    run.done(path, "profile")
+    return sha256_file(path)
 
 
 def _problem(run: Run) -> SearchProblem:

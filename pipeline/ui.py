@@ -57,7 +57,7 @@ class Bars:
 
 
 class Lines:
-    """A line when work starts, every ten seconds, and when it ends."""
+    """A line every ten seconds of work, and one when it ends."""
 
     def __init__(self, stream: IO[str], every_s: float = PLAIN_SECONDS) -> None:
         self._stream, self._every_s = stream, every_s
@@ -86,8 +86,8 @@ class Lines:
 
 def clock(seconds: float) -> str:
     """`42 s`, `3:07`, `1:02:11`."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
+    if minutes == 0:
+        return f"{rest} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from pipeline.artifacts import inside, read_arrays, sha256_file
 from pipeline.devices.hardware import usable_cores
+from pipeline.devices.measure import MAX_DRIFT
 from pipeline.devices.measure import measure as measure_here
 from pipeline.devices.session import CPU, RuntimeSettings
 from pipeline.devices.session import open_session as strict_session
@@ -29,10 +30,6 @@ from pipeline.units import format_value
 LATENCY = "latency_ms"
 TOLERANCE = 1e-4
 """Largest absolute error allowed on a logit, where the manifest states none for the file."""
-
-
-MAX_DRIFT = 0.10
-"""How far the reference may be off its nominal latency on the machine of the run: clocks and neighbours."""
 
 
 class Measure(Protocol):
