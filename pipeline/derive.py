@@ -188,15 +188,17 @@ class Deriver:
 
     def _timed_finalists(self, pool: Sequence[Arch], usage: Usage, rng: Generator) -> list[Trial]:
         """Finalists, timed. While most miss, the prediction is wrong here: it is refitted, and they are
-        chosen again."""
+        chosen again; those of earlier rounds stay in the race."""
         measured_ms: dict[Arch, float] = {}
+        seen: dict[Arch, Trial] = {}
         for _ in range(REFITS):
             trials = self._timed(self._finalists(pool, usage, rng), measured_ms)
-            kept = [trial for trial in trials if trial.keeps_budget(self.settings.guard)]
+            seen |= {trial.finalist.arch: trial for trial in trials}
+            kept = [trial for trial in seen.values() if trial.keeps_budget(self.settings.guard)]
             if self.device is None or len(kept) > len(trials) // 2:
                 break
             usage = self.refit(list(measured_ms), list(measured_ms.values()))
-        return trials
+        return list(seen.values())
 
     def _timed(self, finalists: Sequence[Finalist], measured_ms: dict[Arch, float]) -> list[Trial]:
         if self.device is None:

@@ -120,7 +120,7 @@ def open_run(root: Path, wanted: Json | None, where: str, progress: Progress) ->
             changed = [k for k, v in asked.to_json().items() if v != there.to_json()[k]]
             raise StaleArtifact(
                 f"{root}: holds a run with another {', '.join(changed)}; choose another --out, "
-                "or leave the flags out to go on with it"
+                f"leave the flags out to go on with it, or edit {path} to go on with other settings"
             )
         write_yaml(path, {"budgetline": __version__, **asked.to_json()})
     config = asked or there

@@ -3,39 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import yaml
+from tiny_run import TINY, Cli, Outcome
 from typer.testing import CliRunner
-
-ROOT = Path(__file__).parents[1]
-
-TINY = {
-    "data": {"name": "digits", "limit": 200},
-    "profiles": [str(ROOT / "profiles" / "params.yaml")],
-    "space": {"name": "mbconv", "size": "tiny"},
-    "evaluator": {"name": "one-shot", "batch_size": 16, "evaluation_images": 16, "thorough_images": 16},
-    "search": {"warm_up": 2, "evaluations": 8},
-    "derive": {"trial_epochs": 1, "samples": 50, "rescored": 4, "best": 1},
-    "retrain": {"epochs": 1},
-    "export": {"parity_images": 20, "samples": 2},
-}
-"""Three tiers by parameters; 160 images to train on."""
-
-
-class Outcome(NamedTuple):
-    """What a command left: its exit code, what it printed, and the exception that nobody caught."""
-
-    code: int
-    out: str
-    err: str
-    crash: BaseException | None
-
-
-Cli = Callable[..., Outcome]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -48,22 +22,25 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def cli() -> Iterator[Cli]:
-    """`cli("run", "--out", folder)` in this process, as a person at a pipe would see it."""
+def cli() -> Cli:
+    """`cli("run", "--out", folder)` in this process, as a person at a pipe would see it; on one thread, since
+    bits depend on how many there are."""
     import torch
 
     from pipeline.cli import app
 
     def invoke(*words: object) -> Outcome:
-        result = CliRunner().invoke(app, [str(word) for word in words], prog_name="budgetline")
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            result = CliRunner().invoke(app, [str(word) for word in words], prog_name="budgetline")
+        finally:
+            torch.set_num_threads(threads)
+            torch.set_flush_denormal(False)
         crash = None if isinstance(result.exception, SystemExit) else result.exception
         return Outcome(result.exit_code, result.stdout, result.stderr, crash)
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield invoke
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(False)
+    return invoke
 
 
 @pytest.fixture(scope="session")

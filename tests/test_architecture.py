@@ -26,10 +26,11 @@ ORDER = (
 HELD_OUT_READERS = {"pipeline/train/assess.py", "pipeline/flow.py"}
 HEAVY = ("torch", "torchvision", "matplotlib", "sklearn", "onnx", "onnxruntime", "scipy", "PIL", "fvcore")
 LIGHT = (
-    "pipeline.algorithms pipeline.devices pipeline.devices.profile pipeline.data pipeline.spaces pipeline.deploy "
-    "pipeline.costs pipeline.evaluators pipeline.search pipeline.train pipeline.report pipeline.derive "
-    "pipeline.config pipeline.run pipeline.flow pipeline.cli pipeline.launch"
+    "pipeline.algorithms pipeline.devices pipeline.devices.profile pipeline.data pipeline.spaces "
+    "pipeline.deploy pipeline.costs pipeline.evaluators pipeline.search pipeline.train pipeline.report "
+    "pipeline.derive pipeline.config pipeline.run pipeline.flow pipeline.cli pipeline.launch"
 ).split()
+"""What the command line and every catalogue load before there is any work."""
 
 
 class Import(NamedTuple):
@@ -43,7 +44,7 @@ class Import(NamedTuple):
 
     @property
     def imported(self) -> str:
-        return (self.module.split(".") + [""])[1]
+        return self.module.split(".")[1]
 
 
 @functools.cache
@@ -61,6 +62,7 @@ def imports() -> Iterator[Import]:
             names: list[str] = []
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
+                assert "pipeline" not in names, f"{file}:{node.lineno} imports the whole package"
             elif isinstance(node, ast.ImportFrom):
                 assert node.level == 0, f"{file}:{node.lineno} imports by a relative path"
                 names = [f"{node.module}.{alias.name}" for alias in node.names]
@@ -70,18 +72,19 @@ def imports() -> Iterator[Import]:
 
 
 def test_every_room_has_its_place_in_the_order() -> None:
-    rooms = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    rooms = {
+        path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
     assert rooms - {"__init__", "__main__", "__pycache__"} == set(ORDER)
 
 
 def test_rooms_import_only_what_stands_before_them() -> None:
     place = {room: index for index, room in enumerate(ORDER)}
-    package_itself = {"__version__", "__init__", "__main__", ""}
     wrong = [
         f"{found.file}:{found.line} imports {found.module}"
         for found in imports()
         if found.importer in place
-        and found.imported not in package_itself
+        and found.imported != "__version__"
         and place[found.imported] > place[found.importer]
     ]
     assert not wrong, "\n".join(wrong)

@@ -64,7 +64,10 @@ def test_data_and_profiles_are_written_as_stated() -> None:
         ({"sead": 1}, r"run\.yaml: unknown key 'sead'; valid keys: seed, device, data"),
         ({"search": {"warmup": 1}}, r"run\.yaml: search: unknown key 'warmup' \(did you mean 'warm_up'\?\)"),
         ({"retrain": {"epoch": 1}}, r"run\.yaml: retrain: unknown key 'epoch' \(did you mean 'epochs'"),
-        ({"retrain": {"distil": {"heat": 1}}}, r"unknown key 'distil\.heat'; valid keys: temperature, weight"),
+        (
+            {"retrain": {"distil": {"heat": 1}}},
+            r"unknown key 'distil\.heat'; valid keys: temperature, weight",
+        ),
         ({"derive": {"low": 2}}, r"run\.yaml: derive: 'low' is 2: "),
         ({"export": {"samples": 0}}, r"run\.yaml: export: 'samples' is 0: "),
         ({"search": {"evaluations": "many"}}, "search: 'evaluations' is 'many'"),

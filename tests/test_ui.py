@@ -27,7 +27,7 @@ def test_clock(seconds: float, text: str) -> None:
     assert clock(seconds) == text
 
 
-def test_lines_come_at_the_start_of_every_stretch_and_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_comes_every_ten_seconds_and_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     time, stream = Clock(monkeypatch), io.StringIO()
     with Lines(stream, every_s=10).track("search", 100) as advance:
         for _ in range(8):

@@ -450,7 +450,7 @@ def _in_child(request: Mapping[str, Any], steps: int, progress: Progress | None)
             advance = stack.enter_context(progress.track("measure", steps))
         stderr = stack.enter_context(tempfile.TemporaryFile("w+"))
         child = subprocess.Popen(
-            [sys.executable, "-m", "pipeline.devices.worker"],
+            [sys.executable, "-P", "-m", "pipeline.devices.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,

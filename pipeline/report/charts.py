@@ -45,7 +45,7 @@ METRIC_TITLES = {
 def tier_colours(names: Sequence[str]) -> dict[str, str]:
     """A colour per tier, given from the smallest to the largest."""
     ramp = np.array([[int(colour[i : i + 2], 16) for i in (1, 3, 5)] for colour in _RAMP], dtype=float)
-    at = np.linspace(0, len(ramp) - 1, len(names)) if len(names) > 1 else np.array([1.0])
+    at = np.linspace(0, len(ramp) - 1, len(names)) if len(names) != 1 else np.array([1.0])
     rgb = np.stack([np.interp(at, np.arange(len(ramp)), ramp[:, channel]) for channel in range(3)], axis=1)
     return {name: "#" + "".join(f"{round(v):02x}" for v in row) for name, row in zip(names, rgb, strict=True)}
 

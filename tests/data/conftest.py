@@ -14,6 +14,9 @@ from pipeline.data.arrays import ArrayImages, build_task
 from pipeline.data.base import ImageTask
 from pipeline.data.splits import split_images
 
+REAL_DATA = cache_folder()
+"""Taken when this is imported: tests themselves get a cache of their own."""
+
 MakeTask = Callable[..., ImageTask]
 MakeFolder = Callable[..., Path]
 
@@ -69,13 +72,14 @@ def make_folder(tmp_path: Path) -> MakeFolder:
 
 
 @pytest.fixture
-def real_data() -> Callable[[str], Path]:
-    """The cache folder where a path lies below it; skips the test otherwise."""
+def real_data(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """The person's own cache folder where a path lies below it; skips the test otherwise."""
 
     def find(relative: str) -> Path:
-        if not (cache_folder() / relative).exists():
-            pytest.skip(f"{cache_folder() / relative} is not there")
-        return cache_folder()
+        if not (REAL_DATA / relative).exists():
+            pytest.skip(f"{REAL_DATA / relative} is not there")
+        monkeypatch.setenv("BUDGETLINE_CACHE", str(REAL_DATA))
+        return REAL_DATA
 
     return find
 

@@ -170,10 +170,13 @@ def test_faults_in_the_child_come_back_as_our_errors(
 
 
 def test_a_child_that_dies_is_reported_with_its_last_words(
-    make_network: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    make_network: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(sys, "executable", "/bin/sh")  # `sh -m pipeline.devices.worker`: no such script
-    with pytest.raises(MeasurementError, match=r"process ended \(exit \d+\): .*worker"):
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho first >&2\necho no numpy here >&2\nexit 7\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(broken))
+    with pytest.raises(MeasurementError, match=r"process ended \(exit 7\): no numpy here"):
         measure([make_network("a")], None, SETTINGS)
 
 

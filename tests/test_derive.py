@@ -1,0 +1,317 @@
+"""Which architecture a tier gets: bands, finalists, order, refitting, and the refusals."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.derive import (
+    REFITS,
+    Deriver,
+    DeriveSettings,
+    Finalist,
+    Trial,
+    Usage,
+    band,
+    choose_finalists,
+    in_order,
+    rank_correlation,
+)
+from pipeline.errors import BudgetMissed, InfeasibleBudget
+from pipeline.evaluators.tabular import TabularEvaluator
+from pipeline.types import Arch, FloatArray, LatencyRecord, Limit, Tier
+
+BUDGET_MS = 2.0
+ARCHS = [Arch("t", (i,)) for i in range(40)]
+LOSS = np.array([(7 * i) % 40 for i in range(40)], dtype=float)  # every value once, in no order
+SETTINGS = DeriveSettings(rescored=6, best=2, random=1, uniform=1)
+
+
+def record(latency_ms: float) -> LatencyRecord:
+    return LatencyRecord(latency_ms, latency_ms, latency_ms, 0.0, 9, 3, 0, latency_ms, 1.0, "0" * 64)
+
+
+def finalist(number: int, loss: float = 1.0, usage: float = 0.97) -> Finalist:
+    return Finalist(ARCHS[number], loss, usage, "search")
+
+
+# ------------------------------------------------------------------------------------------------- the pieces
+
+
+def test_the_band_is_what_uses_nearly_all_of_the_budget() -> None:
+    usage_N = np.array([0.5, 0.95, 0.97, 0.985, 0.99, 1.2, 0.96])
+    assert band(usage_N, SETTINGS, least=2).tolist() == [1, 2, 3, 6]
+
+
+def test_the_band_widens_downwards_to_the_nearest() -> None:
+    usage_N = np.array([0.5, 0.97, 0.9, 0.8, 0.99, 1.2])
+    assert band(usage_N, SETTINGS, least=3).tolist() == [1, 2, 3]
+    assert band(usage_N, SETTINGS, least=9).tolist() == [0, 1, 2, 3]
+    assert band(np.array([1.1, 0.99]), SETTINGS, least=1).tolist() == []
+
+
+def test_finalists_are_the_best_the_best_uniform_and_a_random_one() -> None:
+    archs, losses_N, usage_N = ARCHS[:8], LOSS[:8], np.linspace(0.95, 0.98, 8)
+    uniform = frozenset([ARCHS[0], ARCHS[5], ARCHS[7]])  # losses 0, 35, 9
+    chosen = choose_finalists(archs, losses_N, usage_N, uniform, SETTINGS, np.random.default_rng(0))
+    assert [(f.arch.choices[0], f.origin) for f in chosen[:3]] == [
+        (0, "search"),
+        (6, "search"),  # 42 mod 40 = 2
+        (7, "uniform"),  # the best uniform one that is not there already
+    ]
+    assert chosen[3].origin == "random" and len({f.arch for f in chosen}) == 4
+    assert chosen[1].loss == 2.0 and chosen[1].usage == usage_N[6]
+
+
+def test_random_finalists_follow_the_generator() -> None:
+    def drawn(seed: int) -> tuple[Finalist, ...]:
+        rng = np.random.default_rng(seed)
+        return choose_finalists(ARCHS, LOSS, np.full(40, 0.97), frozenset(), SETTINGS, rng)
+
+    assert drawn(1) == drawn(1)
+    assert len({drawn(seed)[-1].arch for seed in range(9)}) > 1
+
+
+def test_fewer_candidates_than_finalists_are_all_taken_once() -> None:
+    chosen = choose_finalists(
+        ARCHS[:2], LOSS[:2], np.full(2, 0.96), frozenset(ARCHS), SETTINGS, np.random.default_rng(0)
+    )
+    assert sorted(f.arch.choices[0] for f in chosen) == [0, 1]
+
+
+def test_order_is_accuracy_among_those_that_use_their_budget() -> None:
+    trials = [
+        Trial(finalist(0), measured_usage=0.97, accuracy=0.8),
+        Trial(finalist(1), measured_usage=0.96, accuracy=0.9),
+        Trial(finalist(2), measured_usage=0.80, accuracy=0.99),  # leaves a fifth of the budget unused
+        Trial(finalist(3), measured_usage=0.995, accuracy=1.0),  # inside the guard
+        Trial(finalist(4), measured_usage=1.1, accuracy=1.0),
+    ]
+    assert [t.finalist.arch.choices[0] for t in in_order(trials, SETTINGS)] == [1, 0, 2]
+
+
+def test_untried_finalists_are_ordered_by_loss_and_need_no_guard_where_nothing_is_timed() -> None:
+    trials = [Trial(finalist(0, 0.5, 0.999)), Trial(finalist(1, 0.4, 0.98)), Trial(finalist(2, 0.1, 1.01))]
+    assert [t.finalist.arch.choices[0] for t in in_order(trials, SETTINGS)] == [1, 0]
+
+
+def test_trials_survive_json() -> None:
+    for trial in (Trial(finalist(3)), Trial(finalist(3), 0.96, 0.75)):
+        assert Trial.from_json(trial.to_json()) == trial
+
+
+# ----------------------------------------------------------------------------------------------- a whole tier
+
+
+@dataclass
+class FakeDevice:
+    """Latencies by rule, and what was asked for."""
+
+    ms: Callable[[Arch], float]
+    shipped_ms: Callable[[Arch], float] | None = None
+    timed: list[Arch] = field(default_factory=list)
+    shipped: list[Arch] = field(default_factory=list)
+
+    def time(self, archs: Sequence[Arch]) -> list[LatencyRecord]:
+        self.timed += archs
+        return [record(self.ms(arch)) for arch in archs]
+
+    def time_as_shipped(self, arch: Arch) -> LatencyRecord:
+        self.shipped.append(arch)
+        return record((self.shipped_ms or self.ms)(arch))
+
+
+def usage_of(ms: Callable[[Arch], float]) -> Usage:
+    def usage(archs: Sequence[Arch]) -> FloatArray:
+        return np.array([ms(arch) / BUDGET_MS for arch in archs])
+
+    return usage
+
+
+def true_ms(arch: Arch) -> float:
+    """From 0.05 ms to 2 ms."""
+    return 0.05 * (arch.choices[0] + 1)
+
+
+def no_refit(archs: Sequence[Arch], measured_ms: Sequence[float]) -> Usage:
+    raise AssertionError("there was no need to fit again")
+
+
+def deriver(**changed: Any) -> Deriver:
+    rows = np.arange(40).reshape(-1, 1)
+    tier = Tier("cpu", "s", (Limit("latency_ms", BUDGET_MS, False, "2 ms"),))
+    made: dict[str, Any] = {
+        "tier": tier,
+        "settings": SETTINGS,
+        "evaluator": TabularEvaluator(rows, LOSS),
+        "uniform": frozenset(ARCHS[::10]),
+        "device": FakeDevice(true_ms),
+        "refit": no_refit,
+        "try_accuracy": None,
+        "say": lambda message: None,
+    }
+    return Deriver(**{**made, **changed})
+
+
+def rng() -> np.random.Generator:
+    return np.random.default_rng(3)
+
+
+def test_the_best_by_loss_of_the_band_wins_where_nobody_trains() -> None:
+    device = FakeDevice(true_ms)
+    arch, timed, trials = deriver(device=device).derive(ARCHS, usage_of(true_ms), rng())
+    # Six candidates are rescored: 34..38 use 0.875..0.975 of the budget, 33 widens the band.
+    members = {33, 34, 35, 36, 37, 38}
+    in_use = [t for t in trials if t.usage >= SETTINGS.least]
+    assert {t.finalist.arch.choices[0] for t in trials} <= members
+    assert arch == min(in_use, key=lambda t: t.finalist.loss).finalist.arch
+    assert timed is not None and timed.latency_ms == true_ms(arch) and device.shipped == [arch]
+
+
+def test_brief_training_overrules_the_evaluator() -> None:
+    tried: list[Arch] = []
+
+    def accuracy(arch: Arch) -> float:
+        tried.append(arch)
+        return arch.choices[0] / 100
+
+    arch, _, trials = deriver(try_accuracy=accuracy).derive(ARCHS, usage_of(true_ms), rng())
+    assert arch == max(t.finalist.arch for t in trials)
+    assert sorted(tried) == sorted(t.finalist.arch for t in trials)
+
+
+def test_without_a_device_nothing_is_timed_and_prediction_counts() -> None:
+    tier = Tier("params", "s", (Limit("params", 100.0, False, "100"),))
+    arch, timed, trials = deriver(tier=tier, device=None).derive(ARCHS, usage_of(true_ms), rng())
+    assert timed is None and all(t.measured_usage is None for t in trials)
+    assert arch in [t.finalist.arch for t in trials]
+
+
+def test_a_prediction_that_misses_is_fitted_again_with_what_was_timed() -> None:
+    """Networks are 1.3 times as slow as predicted, which a fit to the first finalists finds out."""
+    device = FakeDevice(lambda arch: 1.3 * true_ms(arch))
+    known: dict[Arch, float] = {}
+
+    def refit(archs: Sequence[Arch], measured_ms: Sequence[float]) -> Usage:
+        known.update(zip(archs, measured_ms, strict=True))
+        slope = np.mean([ms / true_ms(arch) for arch, ms in known.items()])
+        return usage_of(lambda arch: float(slope) * true_ms(arch))
+
+    arch, timed, _ = deriver(device=device, refit=refit).derive(ARCHS, usage_of(true_ms), rng())
+    assert timed is not None and 0.9 * BUDGET_MS <= timed.latency_ms <= 0.99 * BUDGET_MS
+    assert known and arch not in known
+    assert len(device.timed) == len(set(device.timed)), "a network was timed twice"
+
+
+def test_a_device_that_no_prediction_fits_is_given_up() -> None:
+    fits = itertools.count()
+
+    def refit(archs: Sequence[Arch], measured_ms: Sequence[float]) -> Usage:
+        next(fits)
+        return usage_of(true_ms)
+
+    device = FakeDevice(lambda arch: 2 * BUDGET_MS)
+    with pytest.raises(BudgetMissed, match=r"tier cpu/s: every finalist was timed over its budget"):
+        deriver(device=device, refit=refit).derive(ARCHS, usage_of(true_ms), rng())
+    assert next(fits) <= REFITS and device.shipped == []
+
+
+def test_finalists_over_budget_are_not_trained() -> None:
+    def accuracy(arch: Arch) -> float:
+        assert true_ms(arch) <= BUDGET_MS
+        return 0.5
+
+    slow = ARCHS[37]
+    device = FakeDevice(lambda arch: 9.0 if arch == slow else true_ms(arch))
+    _, _, trials = deriver(device=device, try_accuracy=accuracy).derive(ARCHS, usage_of(true_ms), rng())
+    assert {t.accuracy for t in trials if t.finalist.arch == slow} <= {None}
+
+
+def test_the_next_one_is_taken_when_the_form_that_ships_misses() -> None:
+    said: list[str] = []
+    device = FakeDevice(true_ms)
+    expected = deriver(device=device).derive(ARCHS, usage_of(true_ms), rng())
+    first = device.shipped[0]
+    second = FakeDevice(true_ms, lambda arch: 2.1 if arch == first else true_ms(arch))
+    arch, timed, trials = deriver(device=second, say=said.append).derive(ARCHS, usage_of(true_ms), rng())
+    assert second.shipped == [first, arch] and arch != expected[0]
+    assert trials == expected[2] and timed is not None and timed.latency_ms <= BUDGET_MS
+    assert said == [
+        "tier cpu/s: a finalist took 2.10 ms of 2.00 ms as it would ship; taking the next one",
+    ]
+
+
+def test_no_form_that_ships_keeps_the_budget() -> None:
+    device = FakeDevice(true_ms, lambda arch: 0.995 * BUDGET_MS)  # inside the guard
+    with pytest.raises(BudgetMissed, match="derive.high lower"):
+        deriver(device=device).derive(ARCHS, usage_of(true_ms), rng())
+    assert len(device.shipped) > 1
+
+
+def test_a_budget_below_everything_says_how_near_the_best_came() -> None:
+    with pytest.raises(InfeasibleBudget, match=r"tier cpu/s: .* the nearest uses 120\.0%"):
+        deriver().derive(ARCHS, usage_of(lambda arch: 2.4 + true_ms(arch) - 0.05), rng())
+
+
+# ------------------------------------------------------------------------------------------- rank correlation
+
+LOSSES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+
+
+def correlate(*groups: tuple[Sequence[float], Sequence[float]]) -> Mapping[str, Any]:
+    return rank_correlation(groups).to_json()
+
+
+def test_perfect_and_reversed_order() -> None:
+    falling = [0.9, 0.85, 0.8, 0.5, 0.4, 0.1]
+    assert correlate((LOSSES, falling))["rho"] == pytest.approx(1.0)
+    assert correlate((LOSSES, falling[::-1]))["rho"] == pytest.approx(-1.0)
+
+
+def test_one_tier_is_spearman_with_fishers_interval() -> None:
+    from scipy.stats import spearmanr
+
+    accuracies = [0.7, 0.9, 0.8, 0.6, 0.65, 0.2]
+    found = correlate((LOSSES, accuracies))
+    rho = -float(spearmanr(LOSSES, accuracies).statistic)
+    assert found["rho"] == pytest.approx(rho)
+    assert found["networks"] == 6
+    z, spread = math.atanh(rho), 1.96 / math.sqrt(6 - 3)
+    assert (found["low"], found["high"]) == (
+        pytest.approx(math.tanh(z - spread)),
+        pytest.approx(math.tanh(z + spread)),
+    )
+
+
+def test_differences_between_tiers_do_not_count() -> None:
+    """Within both tiers the order is reversed, while the better tier has the lower losses."""
+    small = ([0.5, 0.6, 0.7], [0.1, 0.2, 0.3])
+    large = ([0.1, 0.2, 0.3], [0.7, 0.8, 0.9])
+    assert correlate(small, large)["rho"] == pytest.approx(-1.0)
+
+
+def test_two_tiers_that_disagree_cancel() -> None:
+    found = correlate(([1, 2, 3, 4], [4, 3, 2, 1]), ([1, 2, 3, 4], [1, 2, 3, 4]))
+    assert found["rho"] == pytest.approx(0.0, abs=1e-12)
+    assert found["low"] == pytest.approx(-found["high"]) and found["networks"] == 8
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        [],
+        [([0.1, 0.2, 0.3], [0.3, 0.2, 0.1])],  # too few
+        [([0.1], [0.9])] * 8,  # nothing to compare within a tier
+        [(LOSSES, [0.5] * 6)],  # accuracies do not vary
+        [([0.3] * 6, LOSSES)],  # losses do not vary
+    ],
+)
+def test_nothing_to_say_is_none_not_nan(groups: list[tuple[list[float], list[float]]]) -> None:
+    found = rank_correlation(groups)
+    assert (found.rho, found.low, found.high) == (None, None, None)

@@ -1,0 +1,346 @@
+"""Whole runs, small: what they leave, that they go on where they stopped, and that devices are obeyed."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import yaml
+from tiny_run import DEVICE, TIERS, TINY, Cli
+
+from pipeline import flow
+from pipeline import run as run_module
+from pipeline.artifacts import sha256_file
+from pipeline.costs import bench
+from pipeline.devices.session import RuntimeSettings
+from pipeline.report.manifest import read_manifest
+from pipeline.types import Json, LatencyRecord
+
+RECORDS = ("arch", "train", "export", "measure")
+
+
+def manifest_of(root: Path) -> Json:
+    found: Json = json.loads((root / "manifest.json").read_text())
+    return found
+
+
+def written(root: Path) -> dict[str, int]:
+    """Every file and when it was written, but for the lock and what every `run` makes anew."""
+    anew = ("manifest.json", "report.html", ".lock")
+    return {
+        path.relative_to(root).as_posix(): path.stat().st_mtime_ns
+        for path in root.rglob("*")
+        if path.is_file() and path.name not in anew
+    }
+
+
+def rewrite(root: Path, **sections: Any) -> None:
+    """Change what the run was asked for, by hand."""
+    path = root / "run.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **sections}))
+
+
+# ------------------------------------------------------------------------------------------- a finished run
+
+
+def test_a_run_leaves_its_plan_and_nothing_else(finished: Path) -> None:
+    tier_files = [f"{name}.json" for name in RECORDS]
+    tier_files += ["model.batch1.onnx", "model.onnx", "samples.npz", "weights.safetensors"]
+    expected = {"run.yaml", f"costs/{DEVICE}.json"}
+    expected |= {f"search/{name}" for name in ("result.json", "evaluator.npz", "trace.jsonl")}
+    expected |= {f"{DEVICE}/{tier}/{name}" for tier in TIERS for name in tier_files}
+    trials = {name for name in written(finished) if name.startswith("search/trials/")}
+    assert set(written(finished)) == expected | trials
+    assert trials and all(name.endswith(".json") for name in trials)
+
+
+def test_the_manifest_is_valid_and_its_budgets_are_kept(finished: Path) -> None:
+    manifest = read_manifest(finished)
+    assert [(tier["device"], tier["name"]) for tier in manifest["tiers"]] == [(DEVICE, t) for t in TIERS]
+    for tier in manifest["tiers"]:
+        assert tier["budgets"].keys() <= tier["measured"].keys()
+        assert all(tier["measured"][metric] <= limit for metric, limit in tier["budgets"].items())
+        assert all(0 <= tier["accuracy"][split] <= 1 for split in ("architecture", "test"))
+    assert set(manifest["tiers"][1]["budgets"]) == {"params", "flops"}
+    assert manifest["search"]["method"] == "importance" and manifest["search"]["evaluations"] == 12
+    assert manifest["data"]["splits"]["weights"] + manifest["data"]["splits"]["architecture"] == 200
+
+
+def test_every_file_of_the_manifest_is_there_with_its_hash(finished: Path) -> None:
+    for tier in manifest_of(finished)["tiers"]:
+        assert {file["role"] for file in tier["files"]} == {"onnx", "onnx-batch1", "weights", "samples"}
+        for file in tier["files"]:
+            assert sha256_file(finished / file["path"]) == file["sha256"]
+
+
+def test_the_models_carry_what_a_consumer_needs(finished: Path) -> None:
+    model = onnx.load(str(finished / DEVICE / "s" / "model.onnx"))
+    properties = {entry.key: entry.value for entry in model.metadata_props}
+    assert json.loads(properties["classes"]) == [str(digit) for digit in range(10)]
+    assert (properties["tier"], properties["profile"], properties["run"]) == ("s", DEVICE, "tiny")
+    assert json.loads(properties["mean"]) == manifest_of(finished)["data"]["mean"]
+    assert "/" not in properties["data"], "no path of this machine travels with the model"
+
+
+def test_the_report_needs_no_network_and_no_other_file(finished: Path) -> None:
+    page = (finished / "report.html").read_text()
+    targets = re.findall(r"""(?:src|href|action|data)\s*=\s*["']?([^"'\s>]+)""", page)
+    links = {target for target in targets if not target.startswith(("#", "data:"))}
+    assert all("//" not in link and (finished / link).is_file() for link in links), links
+    assert not re.findall(r"@import|url\((?!['\"]?(?:#|data:))", page)
+    assert not re.findall(r"""src\s*=\s*["'](?!data:)""", page)
+    for tier in TIERS:
+        assert f">{tier}<" in page
+
+
+def test_the_trace_has_a_line_per_iteration(finished: Path) -> None:
+    lines = [json.loads(line) for line in (finished / "search" / "trace.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == list(range(len(lines)))
+    assert [line["stage"] for line in lines[:3]] == ["warm_up", "warm_up", "search"]
+    assert {tier["tier"] for tier in lines[2]["tiers"]} == {f"{DEVICE}/{tier}" for tier in TIERS}
+
+
+def test_the_test_split_was_not_tried_on(finished: Path) -> None:
+    """Accuracies that something was chosen by are of the architecture split: multiples of 1 / its size."""
+    manifest = manifest_of(finished)
+    images = manifest["data"]["splits"]["architecture"]
+    chosen_by = [point["accuracy"] for point in manifest["search"]["ranking"]["points"]]
+    chosen_by += [tier["accuracy"]["architecture"] for tier in manifest["tiers"]]
+    assert chosen_by and all(abs(x * images - round(x * images)) < 1e-6 for x in chosen_by)
+
+
+# -------------------------------------------------------------------------------------------------- going on
+
+
+def test_running_again_makes_nothing_anew(cli: Cli, copied: Path, tiny_yaml: Path) -> None:
+    def told() -> Json:
+        return {**manifest_of(copied), "created": None, "environment": None}
+
+    files, manifest = written(copied), told()
+    assert cli("run", "--out", copied).code == 0
+    assert cli("run", tiny_yaml, "--out", copied).code == 0
+    assert written(copied) == files and told() == manifest
+
+
+def test_another_description_is_refused_and_named(cli: Cli, finished: Path, tiny_yaml: Path) -> None:
+    before = written(finished)
+    outcome = cli("run", tiny_yaml, "--seed", 1, "--set", "retrain.epochs=2", "--out", finished)
+    assert outcome.code == 2 and outcome.crash is None
+    assert outcome.err.startswith(f"StaleArtifact: {finished}: holds a run with another seed, retrain;")
+    assert written(finished) == before
+
+
+def test_a_record_made_from_something_else_is_never_used(cli: Cli, copied: Path) -> None:
+    rewrite(copied, seed=1)
+    outcome = cli("run", "--out", copied)
+    assert outcome.code == 2 and outcome.crash is None
+    assert re.search(
+        r"StaleArtifact: .*result\.json: was made from another .* than there is now", outcome.err
+    )
+
+
+def test_stages_one_by_one_make_what_run_makes(
+    cli: Cli, finished: Path, tiny_yaml: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "tiny"
+    for words in (
+        ["profile", tiny_yaml],
+        ["search"],
+        ["derive", "--tier", "l"],
+        ["derive"],
+        ["retrain", "--tier", f"{DEVICE}/s"],
+        ["retrain"],
+        ["export", "--tier", "s"],
+        ["measure", "--tier", "s"],
+    ):
+        outcome = cli(*words, "--out", root)
+        assert outcome.code == 0, outcome
+    same = [f"{DEVICE}/{tier}/weights.safetensors" for tier in TIERS]
+    same += [f"{DEVICE}/s/model.onnx", f"{DEVICE}/s/model.batch1.onnx", "search/trace.jsonl"]
+    for name in same:
+        assert sha256_file(root / name) == sha256_file(finished / name), name
+    assert not (root / DEVICE / "l" / "export.json").exists()
+    outcome = cli("report", "--out", root)
+    assert outcome.code == 2 and "run `budgetline export --out" in outcome.err
+
+
+def test_one_tier_is_redone_alone(cli: Cli, copied: Path) -> None:
+    before = written(copied)
+    (copied / DEVICE / "s" / "train.json").unlink()
+    weights = sha256_file(copied / DEVICE / "s" / "weights.safetensors")
+    assert cli("retrain", "--tier", "s", "--out", copied).code == 0
+    assert sha256_file(copied / DEVICE / "s" / "weights.safetensors") == weights
+    changed = {name for name, when in written(copied).items() if before.get(name) != when}
+    assert changed == {f"{DEVICE}/s/train.json", f"{DEVICE}/s/weights.safetensors"}
+
+
+def test_an_unknown_tier_is_told_which_there_are(cli: Cli, finished: Path) -> None:
+    outcome = cli("retrain", "--tier", "xl", "--out", finished)
+    assert outcome.code == 2 and f"no tier 'xl'; there are: {DEVICE}/s, {DEVICE}/l" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("gone", "stage", "first"),
+    [
+        (f"costs/{DEVICE}.json", "search", "profile"),
+        ("search/result.json", "derive", "search"),
+        (f"{DEVICE}/l/arch.json", "retrain", "derive"),
+        (f"{DEVICE}/l/train.json", "export", "retrain"),
+        (f"{DEVICE}/l/export.json", "measure", "export"),
+        (f"{DEVICE}/l/measure.json", "report", "measure"),
+    ],
+)
+def test_a_stage_before_its_turn_says_what_comes_first(
+    cli: Cli, copied: Path, gone: str, stage: str, first: str
+) -> None:
+    (copied / gone).unlink()
+    outcome = cli(stage, "--out", copied)
+    assert outcome.code == 2 and outcome.crash is None
+    assert f"{copied / gone}: not there; run `budgetline {first} --out {copied}` first" in outcome.err
+
+
+def test_brief_trainings_are_paid_for_once(cli: Cli, copied: Path) -> None:
+    arch = json.loads((copied / DEVICE / "l" / "arch.json").read_text())["arch"]
+    before = {name: when for name, when in written(copied).items() if "trials" in name}
+    (copied / DEVICE / "l" / "arch.json").unlink()
+    assert cli("derive", "--out", copied).code == 0
+    assert {name: when for name, when in written(copied).items() if "trials" in name} == before
+    assert json.loads((copied / DEVICE / "l" / "arch.json").read_text())["arch"] == arch
+
+
+def test_the_largest_tier_is_trained_first_and_teaches(cli: Cli, copied: Path) -> None:
+    """`--tier s` alone brings its teacher along; first weights come from the supernet."""
+    recipe = {"epochs": 1, "start": "supernet", "distil": {"weight": 0.5}}
+    rewrite(copied, retrain=recipe)
+    before = [sha256_file(copied / DEVICE / tier / "weights.safetensors") for tier in TIERS]
+    for tier in TIERS:
+        (copied / DEVICE / tier / "train.json").unlink()
+    outcome = cli("retrain", "--tier", "s", "--out", copied)
+    assert outcome.code == 0, outcome
+    assert outcome.err.index(f"retrain {DEVICE}/l") < outcome.err.index(f"retrain {DEVICE}/s")
+    after = [sha256_file(copied / DEVICE / tier / "weights.safetensors") for tier in TIERS]
+    assert all(x != y for x, y in zip(before, after, strict=True))
+
+
+def test_a_report_is_made_of_any_trace(cli: Cli, copied: Path) -> None:
+    """Methods without distributions trace losses alone, and a short search traces next to nothing."""
+    trace = copied / "search" / "trace.jsonl"
+    lines = [json.loads(line) for line in trace.read_text().splitlines()]
+    for line in lines:
+        line.pop("tiers", None)
+    for kept in (lines, lines[:1], []):
+        trace.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+        outcome = cli("report", "--out", copied)
+        assert outcome.code == 0, outcome
+
+
+# --------------------------------------------------------------------------------------------------- latency
+
+
+def known_ms(path: Path) -> float:
+    """0.01 ms, and a nanosecond per weight."""
+    weights = onnx.load(str(path)).graph.initializer
+    return 0.01 + 1e-6 * sum(int(np.prod(weight.dims)) for weight in weights)
+
+
+class Stopwatch:
+    """A device on which latencies are known; `factor` makes the files that ship slower than they were."""
+
+    def __init__(self) -> None:
+        self.factor = 1.0
+        self.timed: list[str] = []
+
+    def __call__(
+        self,
+        models: Sequence[Path],
+        reference: Path | None,
+        settings: RuntimeSettings,
+        *,
+        reference_nominal_ms: float | None = None,
+        **options: Any,
+    ) -> list[LatencyRecord]:
+        assert reference is not None
+        self.timed += [path.name for path in models]
+        context = {"provider": settings.provider, "reference": {"now_ms": known_ms(reference)}}
+        return [self._record(path, context) for path in models]
+
+    def _record(self, path: Path, context: Json) -> LatencyRecord:
+        ms = known_ms(path) * (self.factor if path.name.startswith("model") else 1.0)
+        return LatencyRecord(ms, ms, 1.1 * ms, 0.01, 50, 5, 0, 2 * ms, 1.0, sha256_file(path), context)
+
+
+@pytest.fixture
+def stopwatch(monkeypatch: pytest.MonkeyPatch) -> Stopwatch:
+    watch = Stopwatch()
+    monkeypatch.setattr(flow, "measure", watch)
+    monkeypatch.setattr(run_module, "measure", watch)
+    return watch
+
+
+def latency_yaml(folder: Path, tiers: list[Json], **sections: Any) -> Path:
+    """The tiny run on this machine's CPU."""
+    profile = {"name": "cpu", "threads": 1, "tiers": tiers}
+    values = {**TINY, "profiles": [profile], **sections}
+    values["search"] = {**TINY["search"], "calibration": 8}
+    values["data"] = {"name": "digits", "limit": 150}
+    path = folder / "latency.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_a_tier_keeps_its_latency_on_the_device_or_is_not_shipped(
+    cli: Cli, stopwatch: Stopwatch, tmp_path: Path
+) -> None:
+    tiers = [{"name": "m", "limits": {"latency": "50 %", "params": "90 %"}}]
+    described, root = latency_yaml(tmp_path, tiers), tmp_path / "run"
+
+    stopwatch.factor = 3.0
+    outcome = cli("run", described, "--out", root)
+    assert outcome.code == 2 and outcome.crash is None
+    assert "BudgetMissed: tier cpu/m: latency_ms is" in outcome.err and "not shipped" in outcome.err
+    assert not (root / "manifest.json").exists() and not (root / "cpu" / "m" / "measure.json").exists()
+    shipped = [name for name in stopwatch.timed if name.startswith("model")]
+    assert shipped == ["model.batch1.onnx"] * 2, "what is over its budget is timed once more, and that is all"
+
+    stopwatch.factor = 1.0
+    outcome = cli("run", described, "--out", root)
+    assert outcome.code == 0, outcome
+    [tier] = manifest_of(root)["tiers"]
+    assert tier["answer"] == "cpu/m/model.batch1.onnx"
+    assert tier["measured"]["latency_ms"] == known_ms(root / tier["answer"]) <= tier["budgets"]["latency_ms"]
+    assert tier["use"]["latency_ms"] > 0.8
+    assert tier["predicted"]["latency_ms"] == pytest.approx(tier["measured"]["latency_ms"], rel=0.15)
+    reference = manifest_of(root)["costs"]["cpu"]["reference"]
+    assert sha256_file(root / reference["path"]) == reference["sha256"]
+    assert reference["nominal_ms"] == pytest.approx(known_ms(root / reference["path"]))
+
+    again = len(stopwatch.timed)
+    shutil.rmtree(root)
+    assert cli("profile", described, "--out", root).code == 0
+    assert len(stopwatch.timed) == again, "the cost table comes from the cache"
+
+
+def test_a_whole_run_on_this_machine_s_cpu(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Really measured, with room to spare: it is skipped where the machine is too busy to measure at all."""
+    monkeypatch.setattr(bench, "PAUSE_S", 0.0)
+    tiers = [{"name": "m", "limits": {"latency": "60 %"}}]
+    one = {"best": 1, "random": 0, "uniform": 0, "rescored": 4, "samples": 50, "trial_epochs": 0}
+    generous = {**one, "low": 0.4, "high": 0.7, "least": 0.3}
+    described, root = latency_yaml(tmp_path, tiers, derive=generous), tmp_path / "run"
+    outcome = cli("run", described, "--out", root)
+    if "MeasurementError" in outcome.err or "BudgetMissed" in outcome.err:
+        pytest.skip(f"the machine is too busy to measure: {outcome.err.splitlines()[-1]}")
+    assert outcome.code == 0, outcome
+    [tier] = manifest_of(root)["tiers"]
+    [timed] = [file["latency"] for file in tier["files"] if file["latency"]]
+    assert 0 < timed["p50_ms"] <= timed["p95_ms"] and timed["context"]["provider"] == "CPUExecutionProvider"
+    assert tier["measured"]["latency_ms"] <= tier["budgets"]["latency_ms"]
+    assert cli("verify", root, "--no-remeasure").code == 0
+    assert cli("select", root, "--latency-ms", tier["budgets"]["latency_ms"]).code == 0
