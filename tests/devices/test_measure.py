@@ -136,7 +136,7 @@ def test_records_of_real_files(make_network: Callable[..., Path]) -> None:
     assert second.latency_ms > 3 * first.latency_ms > 0
     assert first.sha256 == hashlib.sha256(small.read_bytes()).hexdigest()
     assert first.p50_ms <= first.p95_ms and first.rounds >= 3 and first.drift == 1.0
-    assert labels == [("measure", 8)] and sum(steps for steps, _ in seen) == 8
+    assert labels == [("measure", 10)] and sum(steps for steps, _ in seen) >= 10
     context = first.context
     assert context["onnxruntime"] == onnxruntime.__version__
     assert context["provider"] == "CPUExecutionProvider" and context["threads"] == 1
