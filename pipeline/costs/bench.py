@@ -24,8 +24,9 @@ from pipeline.spaces.base import SearchSpace
 from pipeline.types import Arch, Json, LatencyRecord, Progress
 
 ROUNDS = 8
-ATTEMPTS = 4
-PAUSE_S = 20.0
+ATTEMPTS = 3
+PAUSE_S = 15.0
+REFUSED_DRIFT = 0.5  # not a clock that moved: another machine, or a very busy one
 Write = Callable[[Arch, Path], None]
 
 
@@ -90,7 +91,8 @@ class Bench:
 
     def _against_reference(self, files: Sequence[Path], folder: Path) -> list[LatencyRecord]:
         """Records of a machine that is about as fast as when it was profiled; waits a little for a busy one.
-        Where it is faster by now, budgets are judged as if it were not."""
+        Clocks of shared machines move for hours: the drift that stays is corrected, recorded and said.
+        Where the machine is faster by now, budgets are judged as if it were not."""
         reference = folder / "reference.onnx"
         self.write_reference(reference)
         for attempt in range(ATTEMPTS):
@@ -109,9 +111,15 @@ class Bench:
             if attempt + 1 < ATTEMPTS:
                 self.progress.say(f"the machine is {drift:.2f} times slower than when profiled; waiting")
                 self.sleep(PAUSE_S)
+        if drift <= 1 + REFUSED_DRIFT:
+            self.progress.say(
+                f"the machine stays {drift:.2f} times slower; latencies are stated for its speed when profiled, "
+                "p50 and p95 as they are now"
+            )
+            return records
         raise MeasurementError(
             f"profile '{self.profile.name}': the reference network takes {drift:.2f} times what it took when "
-            f"the space was measured, over {MAX_DRIFT:.0%} more, so no budget can be judged; run the same "
+            f"the space was measured, over {REFUSED_DRIFT:.0%} more, so no budget can be judged; run the same "
             "command again when the machine is quiet; if it has changed for good, remove the cost tables in "
             f"{self.folder.parent} and start a new run"
         )

@@ -161,11 +161,17 @@ def test_a_busy_machine_is_waited_for(tmp_path: Path, model: LatencyModel) -> No
 
 
 def test_a_machine_that_stays_slow_is_no_judge(tmp_path: Path, model: LatencyModel) -> None:
-    watch, slept = Stopwatch(*[1.3] * 9), list[float]()
-    with pytest.raises(MeasurementError, match=r"profile 'here': the reference network takes 1\.30 times"):
+    watch, slept = Stopwatch(*[1.6] * 9), list[float]()
+    with pytest.raises(MeasurementError, match=r"profile 'here': the reference network takes 1\.60 times"):
         make(tmp_path, watch, model, sleep=slept.append).time(ARCHS[:1])
     assert (len(watch.calls), len(slept)) == (bench_module.ATTEMPTS, bench_module.ATTEMPTS - 1)
     assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_clock_that_moved_for_good_is_corrected_for(tmp_path: Path, model: LatencyModel) -> None:
+    watch, slept = Stopwatch(*[1.3] * 9), list[float]()
+    records = make(tmp_path, watch, model, sleep=slept.append).time(ARCHS[:1])
+    assert len(watch.calls) == bench_module.ATTEMPTS and records[0].drift == 1.3
 
 
 def test_a_machine_that_became_faster_is_taken(tmp_path: Path, model: LatencyModel) -> None:
