@@ -130,7 +130,7 @@ class Bench:
             raise MeasurementError(
                 f"profile '{self.profile.name}': the reference network takes {drift:.2f} times what it took "
                 f"when the space was measured, over {REFUSED_DRIFT:.0%} more, so no budget can be judged; "
-                "run the same command again when the machine is quiet; if it has changed for good, remove the "
+                "run the same command again when the machine is quiet; if it changed for good, remove the "
                 f"cost tables in {self.folder.parent} and start a new run"
             )
         if drift > 1 + MAX_DRIFT:
