@@ -197,6 +197,35 @@ class Evaluator(Protocol):
     def load_state(self, state: Arrays) -> None: ...
 
 
+class RelaxedEvaluator(Protocol):
+    """What a gradient method sees of learning: a mixture of operations, shape (E, O), non-negative, its rows
+    not necessarily summing to one."""
+
+    @property
+    def edges(self) -> tuple[Slot, ...]:
+        """The E edges of a mixture and the operations that may stand on each."""
+        ...
+
+    def losses_and_grads(self, mix_EO: FloatArray, *, step: int) -> tuple[FloatArray, FloatArray]:
+        """Losses on the architecture split's images of `step`, shape (J,), column 0 the one to minimise, and
+        their gradients by the mixture, shape (J, E, O); zero where the weight is zero."""
+        ...
+
+    def fit(self, mix_EO: FloatArray, *, step: int) -> FitInfo:
+        """One optimiser step on the weights under this mixture; `grad_sq_norm` is from before clipping."""
+        ...
+
+    def discretise(self, mix_EO: FloatArray) -> Arch: ...
+
+    def mix_of(self, arch: Arch) -> FloatArray:
+        """The mixture of zeros and ones that is this architecture."""
+        ...
+
+    def state(self) -> Arrays: ...
+
+    def load_state(self, state: Arrays) -> None: ...
+
+
 # ----------------------------------------------------------------------------------------------------- search
 
 

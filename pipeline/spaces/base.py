@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
-from pipeline.types import Arch, ChoiceSpace, Json, Layer
+from pipeline.types import Arch, ChoiceSpace, FloatArray, Json, Layer, Slot
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -57,4 +57,37 @@ class Supernet(Protocol):
 
     def extract(self, arch: Arch) -> nn.Module:
         """`space.build(arch)` with a copy of the shared weights; the same outputs in training mode."""
+        ...
+
+
+class RelaxedSpace(SearchSpace, Protocol):
+    """A space whose operations can be mixed, which gradient methods need. A mixture has axes of its own: E
+    edges and O operations, shape (E, O), padded with zeros where an edge has fewer; its weights are
+    non-negative and need not sum to one."""
+
+    @property
+    def edges(self) -> tuple[Slot, ...]:
+        """The E edges and the operations that may stand on each."""
+        ...
+
+    def mixed_supernet(self) -> MixedSupernet: ...
+
+    def discretise(self, mix_EO: FloatArray) -> Arch:
+        """The member a mixture stands for by the space's own rule, such as the strongest operation of every
+        edge, or the two strongest edges into every node."""
+        ...
+
+    def mix_of(self, arch: Arch) -> FloatArray:
+        """The mixture of zeros and ones, shape (E, O), under which the mixed supernet computes `arch`."""
+        ...
+
+
+class MixedSupernet(Protocol):
+    """A module in which every edge is a weighted sum of its operations."""
+
+    def module(self) -> nn.Module: ...
+
+    def forward(self, images: Tensor, mix_EO: Tensor) -> Tensor:
+        """Logits, shape (N, classes); batch norm with the statistics of this batch. An operation whose
+        weight is zero is not computed, and gradients flow into the other weights."""
         ...
