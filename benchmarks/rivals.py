@@ -37,6 +37,8 @@ from pipeline.artifacts import FileCheckpoint, RunFolder, sha256_json
 from pipeline.costs.bench import Bench
 from pipeline.costs.budgets import usage_of_budgets
 from pipeline.costs.counts import module_flops, module_params
+from pipeline.devices.hardware import usable_cores
+from pipeline.engine import Engine, InProcess, Processes, Share
 from pipeline.errors import ConfigError, InfeasibleBudget, RunFolderError
 from pipeline.report.manifest import MANIFEST
 from pipeline.run import Run, open_run, prepare_compute
@@ -46,7 +48,7 @@ from pipeline.train.assess import assess
 from pipeline.train.recipe import Recipe
 from pipeline.train.retrain import retrain, seeded
 from pipeline.types import Arch, FloatArray, Json, Tier
-from pipeline.ui import clock, progress_for
+from pipeline.ui import progress_for
 from pipeline.units import format_value
 
 if TYPE_CHECKING:
@@ -185,21 +187,6 @@ def select_mobilenet(run: Run, bench: Bench, budget_ms: float) -> Entrant:
 # --------------------------------------------------------------------------------------------------- training
 
 
-@dataclass
-class Pace:
-    """Guesses how long training takes: seconds grow with latency × epochs. The run's own tiers come first."""
-
-    work: float = 0.0
-    seconds: float = 0.0
-
-    def saw(self, latency_ms: float, epochs: int, seconds: float) -> None:
-        self.work += latency_ms * epochs
-        self.seconds += seconds
-
-    def guess(self, latencies_ms: Iterable[float], epochs: int) -> float:
-        return sum(latencies_ms) * epochs * self.seconds / self.work if self.work else float("nan")
-
-
 @dataclass(frozen=True)
 class Gym:
     """Trains entrants by one recipe and keeps what came of each in the work folder."""
@@ -220,6 +207,23 @@ class Gym:
 
     def known(self, entrant: Entrant, seed: int) -> Json | None:
         return self.work.read_record(self.path(entrant, seed), self._inputs(seed))
+
+    def engine(self) -> Engine:
+        cores = len(usable_cores())
+        if self.run.config.device != "cpu" or cores == 1:
+            return InProcess(lambda job: JOBS[job["do"]](self.run, job))
+        root, cache, progress = self.run.folder.root, self.run.cache, self.run.progress
+        return Processes("benchmarks.rivals", root, cache, Share(cores, threads=1), progress)
+
+    def job(self, entrant: Entrant, seed: int, label: str) -> Json:
+        return {
+            "do": "train",
+            "work": str(self.work.root),
+            "recipe": self.recipe.model_dump(mode="json"),
+            "entrant": entrant.to_json(),
+            "seed": seed,
+            "label": label,
+        }
 
     def train(self, entrant: Entrant, seed: int, label: str) -> Json:
         network = entrant.build(self.run.space, seed)
@@ -267,7 +271,17 @@ class Gym:
         self.work.write_record(self.path(entrant, seed), record, self._inputs(seed))
 
 
-def train_all(gym: Gym, entrants: dict[Tier, list[Entrant]], seeds: Sequence[int], pace: Pace) -> None:
+def train_one(run: Run, job: Json) -> Json:
+    gym = Gym(run, RunFolder(Path(job["work"])), Recipe.model_validate(job["recipe"]))
+    record = gym.train(Entrant.from_json(job["entrant"]), int(job["seed"]), job["label"])
+    run.progress.say(f"{job['label']}: {record['architecture']:.2f} % on the architecture split")
+    return record
+
+
+JOBS: dict[str, Callable[[Run, Json], Json]] = {"train": train_one}
+
+
+def train_all(gym: Gym, entrants: dict[Tier, list[Entrant]], seeds: Sequence[int]) -> None:
     """Tier by tier, so that a tier is finished as early as can be; each network once."""
     todo = {
         gym.path(entrant, seed): (tier, entrant, seed)
@@ -276,14 +290,12 @@ def train_all(gym: Gym, entrants: dict[Tier, list[Entrant]], seeds: Sequence[int
         for entrant in members
         if gym.known(entrant, seed) is None
     }
-    waiting = list(todo.values())
-    for number, (tier, entrant, seed) in enumerate(waiting, start=1):
-        left = pace.guess((other.latency_ms for _, other, _ in waiting[number - 1 :]), gym.recipe.epochs)
-        label = f"[{number}/{len(waiting)}] {tier.name}: {entrant.name()}, seed {seed}"
-        gym.run.progress.say(f"{label}; about {clock(left)} left of all" if left == left else label)
-        record = gym.train(entrant, seed, label)
-        pace.saw(entrant.latency_ms, gym.recipe.epochs, record["seconds"])
-        gym.run.progress.say(f"{label}: {record['architecture']:.2f} % on the architecture split")
+    jobs = [
+        gym.job(entrant, seed, f"[{number}/{len(todo)}] {tier.name}: {entrant.name()}, seed {seed}")
+        for number, (tier, entrant, seed) in enumerate(todo.values(), start=1)
+    ]
+    with gym.engine() as engine:
+        engine.map(f"{len(jobs)} networks", jobs, gym.recipe.steps(len(gym.run.task.splits["weights"])))
 
 
 # -------------------------------------------------------------------------------------------------- comparing
@@ -411,15 +423,6 @@ def origin_of(run: Run, tier: Tier) -> str | None:
     return next((str(t["origin"]) for t in record["trials"] if t["arch"] == record["arch"]), None)
 
 
-def pace_of(run: Run, tiers: Sequence[Tier]) -> Pace:
-    pace = Pace()
-    for tier in tiers:
-        train = run.done(run.tier_path(tier, "train.json"), "retrain")
-        measured = run.done(run.tier_path(tier, "measure.json"), "measure")["measured"]
-        pace.saw(measured["latency_ms"], train["epochs"], train["seconds"])
-    return pace
-
-
 def whole_numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
@@ -462,7 +465,7 @@ def main() -> bool:
         entrants = {tier: members for tier, (members, _) in selected.items()}
         for tier, seed in itertools.product(tiers, seeds):
             gym.take_from_run(tier, entrants[tier][0], seed)
-        train_all(gym, entrants, seeds, pace_of(run, tiers))
+        train_all(gym, entrants, seeds)
         results = {tier.key: _result(gym, tier, *selected[tier], seeds) for tier in tiers}
     evidence.finish(
         asked.json,

@@ -59,6 +59,14 @@ Set = Annotated[
         "--set", metavar="KEY=VALUE", help="Any setting by its dotted name: --set retrain.epochs=5."
     ),
 ]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        envvar="BUDGETLINE_WORKERS",
+        help="Trainings side by side; default one a tier, as cores allow. 1 takes the least memory.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 TierName = Annotated[str | None, typer.Option("--tier", help="One tier: NAME or DEVICE/NAME.")]
 RunFolderOption = Annotated[Path, typer.Option("--out", help="The run's folder.")]
@@ -129,13 +137,14 @@ def _starter(name: str, work: Callable[[Run], Json | None], help_text: str, exam
         seed: Seed = None,
         device: Device = None,
         settings: Set = None,
+        workers: Workers = None,
         as_json: AsJson = False,
     ) -> None:
         with _friendly():
             flags = _flags(profile, data, method, space, evaluator, seed, device)
             wanted, where = _wanted(config, flags, settings or [])
             root = out or EXPORTS / _default_name(config, wanted)
-            with _opened(root, wanted, where) as opened:
+            with _opened(root, wanted, where, workers) as opened:
                 manifest = work(opened)
             if manifest is not None and as_json:
                 typer.echo(json.dumps(manifest))
@@ -147,15 +156,18 @@ def _starter(name: str, work: Callable[[Run], Json | None], help_text: str, exam
     )
 
 
-def _stage(name: str, help_text: str, per_tier: bool) -> None:
-    """A command for one stage of an existing run."""
+def _stage(name: str, help_text: str, per_tier: bool, trains: bool = False) -> None:
+    """A command for one stage of an existing run; `trains` where networks are trained side by side."""
 
-    def work(out: Path, *tier: str | None) -> None:
-        with _friendly(), _opened(out, None, "command line") as opened:
+    def work(out: Path, *tier: str | None, workers: int | None = None) -> None:
+        with _friendly(), _opened(out, None, "command line", workers) as opened:
             from pipeline import flow
 
             stage: Callable[..., Any] = getattr(flow, f"{name}_stage")
             stage(opened, *tier)
+
+    def for_training(out: RunFolderOption, tier: TierName = None, workers: Workers = None) -> None:
+        work(out, tier, workers=workers)
 
     def for_one_tier(out: RunFolderOption, tier: TierName = None) -> None:
         work(out, tier)
@@ -166,7 +178,7 @@ def _stage(name: str, help_text: str, per_tier: bool) -> None:
     register = app.command(
         name, help=help_text, epilog=f"Example: budgetline {name} --out exports/digits", rich_help_panel=_MAKE
     )
-    register(for_one_tier if per_tier else for_all)
+    register(for_training if trains else for_one_tier if per_tier else for_all)
 
 
 def _run_all(opened: Run) -> Json | None:
@@ -195,8 +207,10 @@ _starter(
     "--data cifar10 --profile cpu-1thread --out exports/c10",
 )
 _stage("search", "One search for all tiers of all devices.", per_tier=False)
-_stage("derive", "One architecture per tier, timed on the device and tried briefly.", per_tier=True)
-_stage("retrain", "Train each tier's network from scratch.", per_tier=True)
+_stage(
+    "derive", "One architecture per tier, timed on the device and tried briefly.", per_tier=True, trains=True
+)
+_stage("retrain", "Train each tier's network from scratch.", per_tier=True, trains=True)
 _stage("export", "Write ONNX files, prove them equal, assess on the test split.", per_tier=True)
 _stage("measure", "Time the files that ship on the device.", per_tier=True)
 _stage("report", "Write manifest.json and report.html from the records.", per_tier=False)
@@ -274,7 +288,7 @@ def _default_name(config: Path | None, wanted: Json | None) -> str:
 
 
 @contextmanager
-def _opened(root: Path, wanted: Json | None, where: str) -> Iterator[Run]:
+def _opened(root: Path, wanted: Json | None, where: str, workers: int | None) -> Iterator[Run]:
     from pipeline.artifacts import RunFolder
     from pipeline.run import open_run, prepare_compute, require_run
     from pipeline.ui import progress_for
@@ -284,6 +298,7 @@ def _opened(root: Path, wanted: Json | None, where: str) -> Iterator[Run]:
         require_run(root)  # before the lock, which would make the folder
     with RunFolder(root).locked():
         opened = open_run(root, wanted, where, progress)
+        opened.workers = workers
         prepare_compute(opened)
         yield opened
 

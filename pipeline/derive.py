@@ -163,7 +163,7 @@ REFITS = 3
 @dataclass(frozen=True)
 class Deriver:
     """Derives one tier. `device` is None where no budget needs one; `refit` takes what was timed and
-    answers with a better prediction; `try_accuracy` trains an architecture briefly and is None where nobody
+    answers with a better prediction; `try_accuracies` trains architectures briefly and is None where nobody
     wants to wait."""
 
     tier: Tier
@@ -172,7 +172,7 @@ class Deriver:
     uniform: frozenset[Arch]
     device: Device | None
     refit: Callable[[Sequence[Arch], Sequence[float]], Usage]
-    try_accuracy: Callable[[Arch], float] | None
+    try_accuracies: Callable[[Sequence[Arch]], Sequence[float]] | None
     say: Callable[[str], None]
 
     def derive(
@@ -182,7 +182,7 @@ class Deriver:
 
         Raises InfeasibleBudget when nothing is predicted to fit, BudgetMissed when nothing does."""
         trials = self._timed_finalists(pool, usage, rng)
-        tried = [self._tried(trial) for trial in trials]
+        tried = self._tried(trials)
         arch, record = self._first_that_keeps(in_order(tried, self.settings))
         return arch, record, tried
 
@@ -211,10 +211,13 @@ class Deriver:
             Trial(finalist, measured_usage=measured_ms[finalist.arch] / limit_ms) for finalist in finalists
         ]
 
-    def _tried(self, trial: Trial) -> Trial:
-        if self.try_accuracy is None or not trial.keeps_budget(self.settings.guard):
-            return trial
-        return replace(trial, accuracy=self.try_accuracy(trial.finalist.arch))
+    def _tried(self, trials: Sequence[Trial]) -> list[Trial]:
+        """With the accuracy of those that keep the budget."""
+        kept = [trial.finalist.arch for trial in trials if trial.keeps_budget(self.settings.guard)]
+        if self.try_accuracies is None or not kept:
+            return list(trials)
+        accuracy = dict(zip(kept, self.try_accuracies(kept), strict=True))
+        return [replace(trial, accuracy=accuracy.get(trial.finalist.arch)) for trial in trials]
 
     def _finalists(self, pool: Sequence[Arch], usage: Usage, rng: Generator) -> tuple[Finalist, ...]:
         usage_N = usage(pool)

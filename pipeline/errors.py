@@ -11,6 +11,7 @@
     ├── ExportError            a network could not be written as ONNX
     │   └── ParityError        … or the file does not compute what the network computes
     ├── DivergedTraining       a loss is not a number
+    ├── WorkerLost             a process that trained for us has died
     ├── RunFolderError         the run folder cannot be used
     │   ├── RunLocked          … another process works on it
     │   ├── StaleArtifact      … a file was made from inputs that have changed
@@ -53,6 +54,9 @@ class ParityError(ExportError): ...
 
 
 class DivergedTraining(BudgetlineError): ...
+
+
+class WorkerLost(BudgetlineError): ...
 
 
 class RunFolderError(BudgetlineError): ...

@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -44,9 +44,11 @@ from pipeline.devices.environment import (
     probe_model,
     timing_environment,
 )
+from pipeline.devices.hardware import usable_cores
 from pipeline.devices.measure import measure
 from pipeline.devices.profile import DeviceProfile
 from pipeline.devices.session import open_session
+from pipeline.engine import Engine, InProcess, Processes, share_cores
 from pipeline.errors import BudgetMissed, CorruptArtifact, RunFolderError
 from pipeline.evaluators import EVALUATORS
 from pipeline.report import assemble
@@ -55,6 +57,7 @@ from pipeline.report.manifest import build_manifest, write_manifest
 from pipeline.run import Run, TraceFile, read_trace
 from pipeline.search import METHODS
 from pipeline.search.base import SearchProblem
+from pipeline.train.recipe import Recipe
 from pipeline.types import Arch, Evaluator, Json, LatencyRecord, Tier
 from pipeline.units import format_value
 
@@ -228,34 +231,38 @@ def derive_stage(run: Run, only: str | None = None) -> None:
         return
     evaluator = _searched_evaluator(run)
     pool = _candidate_pool(run)
-    for tier in waiting:
-        rng = np.random.default_rng([run.config.seed, 102, run.tiers.index(tier)])
-        with run.timed() as seconds:
-            arch, timed, trials = _deriver(run, tier, evaluator).derive(pool, _usage_of(run, tier), rng)
-        run.folder.write_record(
-            run.tier_path(tier, "arch.json"),
-            {
-                "arch": arch.to_json(),
-                "key": arch.key,
-                "description": run.space.describe(arch),
-                "predicted": _predicted(run, tier, arch),
-                "timed": None if timed is None else asdict(timed),
-                "trials": [trial.to_json() for trial in trials],
-                "seconds": seconds(),
-            },
-            inputs,
-        )
+    with _engine(run) as engine:
+        for tier in waiting:
+            rng = np.random.default_rng([run.config.seed, 102, run.tiers.index(tier)])
+            deriver = _deriver(run, tier, evaluator, engine)
+            with run.timed() as seconds:
+                arch, timed, trials = deriver.derive(pool, _usage_of(run, tier), rng)
+            run.folder.write_record(
+                run.tier_path(tier, "arch.json"),
+                {
+                    "arch": arch.to_json(),
+                    "key": arch.key,
+                    "description": run.space.describe(arch),
+                    "predicted": _predicted(run, tier, arch),
+                    "timed": None if timed is None else asdict(timed),
+                    "trials": [trial.to_json() for trial in trials],
+                    "seconds": seconds(),
+                },
+                inputs,
+            )
 
 
-def _deriver(run: Run, tier: Tier, evaluator: Evaluator) -> Deriver:
+def _deriver(run: Run, tier: Tier, evaluator: Evaluator, engine: Engine) -> Deriver:
     def refit(archs: Sequence[Arch], measured_ms: Sequence[float]) -> Usage:
         model = run.costs[tier.device].latency
         assert model is not None
         better = SpaceCosts(run.space, model.with_measurements(run.space, archs, measured_ms))
         return partial(usage_of_budgets, better, tier)
 
-    def try_accuracy(arch: Arch) -> float:
-        return _try_accuracy(run, tier, arch)
+    def try_accuracies(archs: Sequence[Arch]) -> list[float]:
+        jobs = [{"do": "trial", "tier": tier.key, "arch": arch.to_json()} for arch in archs]
+        steps = _trial_recipe(run).steps(len(run.task.splits["weights"]))
+        return [answer["accuracy"] for answer in engine.map(f"trials for {tier.key}", jobs, steps)]
 
     return Deriver(
         tier=tier,
@@ -264,7 +271,7 @@ def _deriver(run: Run, tier: Tier, evaluator: Evaluator) -> Deriver:
         uniform=frozenset(run.space.uniform()),
         device=run.bench(run.profile(tier.device)) if "latency_ms" in tier.budgets else None,
         refit=refit,
-        try_accuracy=try_accuracy if run.config.derive.trial_epochs > 0 else None,
+        try_accuracies=try_accuracies if run.config.derive.trial_epochs > 0 else None,
         say=run.progress.say,
     )
 
@@ -308,15 +315,13 @@ def _predicted(run: Run, tier: Tier, arch: Arch) -> Json:
     return dict(zip(table.metrics, table.of([arch])[0].tolist(), strict=True))
 
 
-def _try_accuracy(run: Run, tier: Tier, arch: Arch) -> float:
+def try_one(run: Run, job: Json) -> Json:
     """Accuracy on the architecture split after a brief training; kept on disk, so that it is paid for
     once."""
     from pipeline.train.retrain import retrain
 
+    arch, recipe = Arch.from_json(job["arch"]), _trial_recipe(run)
     path = run.folder.path("search", "trials", f"{arch.key}.json")
-    recipe = run.config.retrain.model_copy(
-        update={"epochs": run.config.derive.trial_epochs, "start": "scratch", "distil": None}
-    )
     inputs = {**run.input_hashes, "recipe": sha256_json([recipe.model_dump(mode="json"), run.config.seed])}
     record = run.folder.read_record(path, inputs)
     if record is None:
@@ -328,13 +333,18 @@ def _try_accuracy(run: Run, tier: Tier, arch: Arch) -> float:
             seed=run.config.seed,
             checkpoint=checkpoint,
             progress=run.progress,
-            label=f"trial for {tier.key}",
+            label=f"trial for {job['tier']}",
             device=run.config.device,
         )
         record = {"arch": arch.to_json(), "accuracy": trained.accuracy / 100, "seconds": trained.seconds}
         run.folder.write_record(path, record, inputs)
         checkpoint.remove()
-    return float(record["accuracy"])
+    return {"accuracy": float(record["accuracy"])}
+
+
+def _trial_recipe(run: Run) -> Recipe:
+    changes = {"epochs": run.config.derive.trial_epochs, "start": "scratch", "distil": None}
+    return run.config.retrain.model_copy(update=changes)
 
 
 def _fresh(run: Run, arch: Arch) -> nn.Module:
@@ -349,42 +359,78 @@ def _fresh(run: Run, arch: Arch) -> nn.Module:
 
 def retrain_stage(run: Run, only: str | None = None) -> None:
     """Largest tier first, since it may be the others' teacher."""
+    tiers = _largest_first(run, only)
+    waiting = [tier for tier in tiers if _training(run, tier).record is None]
+    teachers = waiting[:1] if run.config.retrain.distil is not None and waiting[:1] == tiers[:1] else []
+    steps = run.config.retrain.steps(len(run.task.splits["weights"])) if waiting else 0
+    with _engine(run) as engine:
+        for group in (teachers, waiting[len(teachers) :]):
+            engine.map("retrain", [{"do": "retrain", "tier": tier.key} for tier in group], steps)
+
+
+class _Training(NamedTuple):
+    """What a tier's training is made from, and its record if it is done."""
+
+    arch: Arch
+    inputs: dict[str, str]
+    record: Json | None
+
+
+def _training(run: Run, tier: Tier) -> _Training:
+    arch = _arch_of(run, tier)
+    inputs = {
+        **run.input_hashes,
+        "architecture": arch.key,
+        "recipe": sha256_json([run.config.retrain.model_dump(mode="json"), run.config.seed]),
+    }
+    return _Training(arch, inputs, run.folder.read_record(run.tier_path(tier, "train.json"), inputs))
+
+
+def retrain_one(run: Run, job: Json) -> Json:
     from safetensors.torch import save
 
     from pipeline.train.retrain import retrain
 
-    teacher: nn.Module | None = None
-    for tier in _largest_first(run, only):
-        path, weights = run.tier_path(tier, "train.json"), run.tier_path(tier, "weights.safetensors")
-        arch = _arch_of(run, tier)
-        inputs = {
-            **run.input_hashes,
-            "architecture": arch.key,
-            "recipe": sha256_json([run.config.retrain.model_dump(mode="json"), run.config.seed]),
-        }
-        if run.folder.read_record(path, inputs) is None:
-            checkpoint = FileCheckpoint(run.tier_path(tier, "training.npz"))
-            network = _first_weights(run, arch)
-            record = retrain(
-                network,
-                run.task,
-                run.config.retrain,
-                seed=run.config.seed,
-                checkpoint=checkpoint,
-                progress=run.progress,
-                label=f"retrain {tier.key}",
-                device=run.config.device,
-                teacher=teacher,
-            )
-            tensors = {name: value.contiguous().cpu() for name, value in network.state_dict().items()}
-            write_bytes(weights, save(tensors))
-            run.folder.write_record(path, {**record.to_json(), "sha256": sha256_file(weights)}, inputs)
-            checkpoint.remove()
-        if run.config.retrain.distil is not None and teacher is None:
-            teacher = _trained(run, tier)
+    tier = _chosen(run, job["tier"])[0]
+    arch, inputs, _ = _training(run, tier)
+    largest = _largest_first(run)[0]
+    checkpoint = FileCheckpoint(run.tier_path(tier, "training.npz"))
+    network = _first_weights(run, arch)
+    record = retrain(
+        network,
+        run.task,
+        run.config.retrain,
+        seed=run.config.seed,
+        checkpoint=checkpoint,
+        progress=run.progress,
+        label=f"retrain {tier.key}",
+        device=run.config.device,
+        teacher=_trained(run, largest) if run.config.retrain.distil and tier != largest else None,
+    )
+    weights = run.tier_path(tier, "weights.safetensors")
+    tensors = {name: value.contiguous().cpu() for name, value in network.state_dict().items()}
+    write_bytes(weights, save(tensors))
+    path = run.tier_path(tier, "train.json")
+    run.folder.write_record(path, {**record.to_json(), "sha256": sha256_file(weights)}, inputs)
+    checkpoint.remove()
+    return {}
 
 
-def _largest_first(run: Run, only: str | None) -> list[Tier]:
+JOBS: dict[str, Callable[[Run, Json], Json]] = {"trial": try_one, "retrain": retrain_one}
+"""What an engine may be asked to do side by side: each writes only its own files."""
+
+
+def _engine(run: Run) -> Engine:
+    """A GPU trains one network at a time; on a CPU as many as there are tiers, each on its share of the
+    cores. A training's share decides the order of its sums, and so its last bits: it follows from the run and
+    the machine alone, never from what is left to do."""
+    share = share_cores(len(usable_cores()), run.workers or len(run.tiers))
+    if run.config.device != "cpu" or share.workers == 1:
+        return InProcess(lambda job: JOBS[job["do"]](run, job))
+    return Processes(__name__, run.folder.root, run.cache, share, run.progress)
+
+
+def _largest_first(run: Run, only: str | None = None) -> list[Tier]:
     """By predicted multiply-adds; with distillation the largest is needed whatever was asked for."""
     chosen = _chosen(run, only)
     by_size = sorted(run.tiers, key=lambda tier: -_predicted(run, tier, _arch_of(run, tier))["flops"])
@@ -625,7 +671,7 @@ def _trials(run: Run) -> list[tuple[Tier, list[Trial]]]:
 
 
 def _seconds_per_stage(run: Run) -> dict[str, float]:
-    """Working time, interruptions left out."""
+    """Working time, interruptions left out; trainings that ran side by side count each."""
     seconds = {
         "profile": sum(run.done(run.costs_path(p.name), "profile")["seconds"] for p in run.config.profiles),
         "search": run.done(run.folder.path("search", "result.json"), "search")["seconds"],

@@ -32,12 +32,15 @@ RUN_FILE = "run.yaml"
 @dataclass
 class Run:
     """A run in progress: its folder, what was asked for, and what several stages need and is made only
-    once."""
+    once.
+
+    At most `workers` trainings run side by side; None for one a tier, as far as the cores go."""
 
     folder: RunFolder
     config: RunConfig
     progress: Progress
     cache: Path = field(default_factory=cache_folder)
+    workers: int | None = None
 
     @cached_property
     def task(self) -> ImageTask:

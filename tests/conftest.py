@@ -14,10 +14,12 @@ from typer.testing import CliRunner
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Nothing that a test makes lands in the cache of the person who runs it."""
+    """Nothing that a test makes lands in the cache of the person who runs it; trainings that take a blink
+    are not worth a process each."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BUDGETLINE_CACHE", str(folder))
+        patch.setenv("BUDGETLINE_WORKERS", "1")
         yield folder
 
 

@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).parents[1] / "pipeline"
 
 ORDER = (
     "types errors settings progress artifacts units algorithms devices data spaces deploy costs evaluators "
-    "search derive train report config run flow ui cli launch"
+    "search derive train report config run engine engine_worker flow ui cli launch"
 ).split()
 """From the ground up: a room imports only itself and what stands before it."""
 

@@ -153,7 +153,7 @@ def deriver(**changed: Any) -> Deriver:
         "uniform": frozenset(ARCHS[::10]),
         "device": FakeDevice(true_ms),
         "refit": no_refit,
-        "try_accuracy": None,
+        "try_accuracies": None,
         "say": lambda message: None,
     }
     return Deriver(**{**made, **changed})
@@ -177,11 +177,11 @@ def test_the_best_by_loss_of_the_band_wins_where_nobody_trains() -> None:
 def test_brief_training_overrules_the_evaluator() -> None:
     tried: list[Arch] = []
 
-    def accuracy(arch: Arch) -> float:
-        tried.append(arch)
-        return arch.choices[0] / 100
+    def accuracy(archs: Sequence[Arch]) -> list[float]:
+        tried.extend(archs)
+        return [arch.choices[0] / 100 for arch in archs]
 
-    arch, _, trials = deriver(try_accuracy=accuracy).derive(ARCHS, usage_of(true_ms), rng())
+    arch, _, trials = deriver(try_accuracies=accuracy).derive(ARCHS, usage_of(true_ms), rng())
     assert arch == max(t.finalist.arch for t in trials)
     assert sorted(tried) == sorted(t.finalist.arch for t in trials)
 
@@ -223,13 +223,13 @@ def test_a_device_that_no_prediction_fits_is_given_up() -> None:
 
 
 def test_finalists_over_budget_are_not_trained() -> None:
-    def accuracy(arch: Arch) -> float:
-        assert true_ms(arch) <= BUDGET_MS
-        return 0.5
+    def accuracy(archs: Sequence[Arch]) -> list[float]:
+        assert all(true_ms(arch) <= BUDGET_MS for arch in archs)
+        return [0.5] * len(archs)
 
     slow = ARCHS[37]
     device = FakeDevice(lambda arch: 9.0 if arch == slow else true_ms(arch))
-    _, _, trials = deriver(device=device, try_accuracy=accuracy).derive(ARCHS, usage_of(true_ms), rng())
+    _, _, trials = deriver(device=device, try_accuracies=accuracy).derive(ARCHS, usage_of(true_ms), rng())
     assert {t.accuracy for t in trials if t.finalist.arch == slow} <= {None}
 
 

@@ -59,6 +59,10 @@ class Recipe(Settings):
             raise ValueError("'nesterov' needs a 'momentum' above 0: raise it, or set nesterov: false")
         return self
 
+    def steps(self, images: int) -> int:
+        """Optimiser steps of the whole training; an incomplete batch at the end of an epoch is left out."""
+        return self.epochs * (images // min(self.batch_size, images))
+
     def learning_rate(self, step: int, steps: int) -> float:
         """The rate of step 0 ≤ `step` < `steps`: a line that reaches `lr` with the last warm-up step, then
         half a cosine that would reach 0 at `steps`."""

@@ -153,7 +153,7 @@ class _Run:
         self.seed, self.label, self.device = seed, label, device
         self.batch_size = min(recipe.batch_size, len(task.splits["weights"]))
         self.batches = Batches(task, "weights", self.batch_size, seed=seed, augment=True, drop_last=True)
-        self.steps = recipe.epochs * self.batches.steps_per_epoch
+        self.steps = recipe.steps(len(task.splits["weights"]))
         self.teacher = teacher
         if teacher is not None:
             teacher.to(device=device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]

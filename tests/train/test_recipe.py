@@ -35,6 +35,11 @@ def test_the_last_epoch_is_always_evaluated() -> None:
     assert [e for e in range(1, 8) if Recipe(epochs=7, evaluate_every=100).evaluates(e)] == [7]
 
 
+def test_steps_count_whole_batches() -> None:
+    assert Recipe(epochs=3, batch_size=32).steps(100) == 9
+    assert Recipe(epochs=3, batch_size=32).steps(20) == 3, "fewer images than a batch make one"
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
