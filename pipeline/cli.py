@@ -47,8 +47,10 @@ Data = Annotated[
     str | None,
     typer.Option(help="digits, fashion-mnist or cifar10 (these two also with :PATH), or image-folder:PATH."),
 ]
-Method = Annotated[str | None, typer.Option(help="importance, asng, random or evolution.")]
-Space = Annotated[str | None, typer.Option(help="Search space: mbconv or nb201.")]
+Method = Annotated[
+    str | None, typer.Option(help="importance, asng, random, evolution, darts or darts-prime.")
+]
+Space = Annotated[str | None, typer.Option(help="Search space: mbconv, cell or nb201.")]
 EvaluatorName = Annotated[str | None, typer.Option("--evaluator", help="Learning signal: one-shot.")]
 Out = Annotated[Path | None, typer.Option(help="Run folder; default exports/NAME.", show_default=False)]
 Seed = Annotated[int | None, typer.Option(help="Decides everything random.", min=0)]
@@ -301,6 +303,89 @@ def _opened(root: Path, wanted: Json | None, where: str, workers: int | None) ->
         opened.workers = workers
         prepare_compute(opened)
         yield opened
+
+
+# --------------------------------------------------------------------------------- a device that is elsewhere
+
+kit = typer.Typer(
+    name="kit",
+    help="Time networks on a device that is not this machine.",
+    epilog="Example: budgetline kit import results.json",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+)
+app.add_typer(kit, rich_help_panel=_MAKE)
+
+
+@kit.command(
+    "make", epilog="Example: budgetline kit make --data cifar10 --profile raspberry-pi-5 --out pi.zip"
+)
+def kit_make(
+    out: Annotated[Path, typer.Option(help="The kit, a zip.")],
+    config: ConfigFile = None,
+    profile: Profile = None,
+    data: Data = None,
+    space: Space = None,
+    seed: Seed = None,
+    settings: Set = None,
+    verify: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Check this finished run's family there instead.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Which of the finished run's devices.")] = None,
+) -> None:
+    """What a device has to time before such a run can search; with --verify, a check of a family."""
+    with _friendly():
+        flags = _flags(profile, data, None, space, None, seed, None)
+        if verify is None:
+            if device is not None:
+                raise ConfigError("--device chooses a finished run's device: it goes with --verify")
+            made = _calibration_kit(config, flags, settings or [], out)
+        elif config is None and not flags and not settings:
+            from pipeline.devices.kit import pack_family
+            from pipeline.report.manifest import read_manifest
+
+            pack_family(out, verify, read_manifest(verify), device)
+            made = True
+        else:
+            raise ConfigError("--verify RUN takes everything from that run: leave what describes one out")
+        if not made:
+            typer.echo("nothing to time: the device's results are imported; go on with `budgetline run`")
+            return
+        then = "exit 1 there where a check fails" if verify else "then `budgetline kit import results.json`"
+        typer.echo(f"{out}: unpack it on the device and run `python runner.py` in its folder; {then}")
+
+
+def _calibration_kit(config: Path | None, flags: Json, settings: list[str], out: Path) -> bool:
+    from pipeline.artifacts import RunFolder
+    from pipeline.config import parse
+    from pipeline.flow import calibration_kit
+    from pipeline.run import Run
+    from pipeline.ui import progress_for
+
+    wanted, where = _wanted(config, flags, settings)
+    return calibration_kit(
+        Run(RunFolder(out.parent), parse(wanted or {}, where), progress_for(_console())), out
+    )
+
+
+@kit.command("import", epilog="Example: budgetline kit import results.json")
+def kit_import(
+    results: Annotated[Path, typer.Argument(metavar="RESULTS", help="results.json, or a zip that holds it.")],
+    profile: Annotated[str | None, typer.Option(help="Refuse results of another profile than this.")] = None,
+) -> None:
+    """Check what a device measured, and take it for that device's profile from now on."""
+    with _friendly():
+        from pipeline.data import cache_folder
+        from pipeline.devices.kit import import_results
+        from pipeline.devices.profile import load_profile
+
+        wanted = None if profile is None else load_profile(profile)
+        imported = import_results(results, cache_folder() / "costs", wanted)
+        changed = "; it has changed since it was calibrated before" if imported.changed else ""
+        typer.echo(
+            f"{imported.networks} networks of '{imported.device}' ({imported.environment['cpu']}){changed}; "
+            "run the command that waited for them again"
+        )
 
 
 # --------------------------------------------------------------------------------------------- using a family

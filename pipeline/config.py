@@ -36,7 +36,11 @@ class SearchSettings(Settings):
     `train_in_search` the supernet goes on learning from what the search samples, as published; without it,
     it is frozen after the warm-up, which trains all members of the tiers' bands alike and so does not
     favour what was sampled early. `calibration` is how many networks are timed to fit a device's latency
-    predictor."""
+    predictor.
+
+    A method that mixes operations (`darts`, `darts-prime`) always trains. There `evaluations` is how many
+    minibatches follow the warm-up, in all tiers together: thousands rather than hundreds. `train_in_search`
+    and `fit_samples` say nothing to it."""
 
     warm_up: int = Field(1000, ge=0)
     evaluations: int = Field(400, ge=1)
@@ -132,13 +136,15 @@ def parse(values: Mapping[str, Any], where: str) -> RunConfig:
     unknown = sorted(set(values) - set(DEFAULTS))
     if unknown:
         raise ConfigError(f"{where}: unknown key '{unknown[0]}'; valid keys: {', '.join(DEFAULTS)}")
-    values = {**DEFAULTS, **values}
+    method = _method(values.get("method", DEFAULTS["method"]), where)
+    suggested = METHODS[method.name].suggests(method.settings)
+    values = {**DEFAULTS, "evaluator": suggested.get("evaluator", DEFAULTS["evaluator"]), **values}
     profiles = _profiles(values["profiles"], where)
-    return RunConfig(
+    config = RunConfig(
         profiles=profiles,
         data=_data(values["data"], where),
-        space=_space(values["space"], profiles, where),
-        method=_method(values["method"], where),
+        space=_space(values["space"], profiles, suggested.get("space", {}), where),
+        method=method,
         evaluator=_evaluator(values["evaluator"], where),
         search=parse_settings(SearchSettings, _mapping(values, "search", where), f"{where}: search"),
         derive=parse_settings(DeriveSettings, _mapping(values, "derive", where), f"{where}: derive"),
@@ -147,6 +153,24 @@ def parse(values: Mapping[str, Any], where: str) -> RunConfig:
         seed=_seed(values["seed"], where),
         device=_device(values["device"], where),
     )
+    _refuse_unfit(config, where)
+    return config
+
+
+def _refuse_unfit(config: RunConfig, where: str) -> None:
+    """What the method or the recipe needs, and the evaluator does not offer."""
+    name, offers = config.evaluator.name, EVALUATORS[config.evaluator.name]().offers
+    for need in sorted(METHODS[config.method.name].needs - offers):
+        fit = ", ".join(other for other, entry in EVALUATORS.items() if need in entry().offers)
+        raise ConfigError(
+            f"{where}: method '{config.method.name}' needs a {need} evaluator, and '{name}' is none; "
+            f"set evaluator: {fit}"
+        )
+    if config.retrain.start == "supernet" and "extract" not in offers:
+        raise ConfigError(
+            f"{where}: retrain: 'start: supernet' takes a network's first weights from the evaluator, and "
+            f"'{name}' has none to give; set start: scratch"
+        )
 
 
 def _mapping(values: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
@@ -180,10 +204,14 @@ def _data(value: object, where: str) -> PlugIn:
     return PlugIn(name, parse_settings(source.settings, options, f"{where}: data"))
 
 
-def _space(value: object, profiles: tuple[DeviceProfile, ...], where: str) -> PlugIn:
-    """A space's lane block and operations follow the profiles where the run does not state them."""
+def _space(
+    value: object, profiles: tuple[DeviceProfile, ...], suggested: Mapping[str, Any], where: str
+) -> PlugIn:
+    """Where the run does not state them, a space's lane block and operations follow the profiles, and what
+    the method suggests is taken as far as the space has it."""
     name, options = _named(value, "space", where)
     entry = _entry(SPACES, name, "space", where)
+    options = {k: v for k, v in suggested.items() if k in entry.settings.model_fields} | options
     if "lane" in entry.settings.model_fields:
         options.setdefault("lane", max(profile.lane for profile in profiles))
     wanted = next((profile.operations for profile in profiles if profile.operations), None)

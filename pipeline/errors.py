@@ -8,6 +8,7 @@
     ├── BudgetMissed           a finished network was measured over its budget
     ├── ProviderError          an execution provider cannot be opened, or is not the one asked for
     ├── MeasurementError       the machine is too disturbed to measure with the asked precision
+    ├── AwaitingDevice         networks wait to be timed on a device that is not this machine
     ├── ExportError            a network could not be written as ONNX
     │   └── ParityError        … or the file does not compute what the network computes
     ├── DivergedTraining       a loss is not a number
@@ -45,6 +46,9 @@ class ProviderError(BudgetlineError): ...
 
 
 class MeasurementError(BudgetlineError): ...
+
+
+class AwaitingDevice(BudgetlineError): ...
 
 
 class ExportError(BudgetlineError): ...

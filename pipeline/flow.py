@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -36,27 +37,22 @@ from pipeline.artifacts import (
     write_bytes,
 )
 from pipeline.costs.budgets import resolve_tiers, usage_of_budgets
-from pipeline.costs.table import SpaceCosts, build_cost_table, export_for_timing
+from pipeline.costs.table import CautiousCosts, SpaceCosts, build_cost_table, export_for_timing
 from pipeline.derive import Deriver, Trial, Usage
-from pipeline.devices.environment import (
-    describe_environment,
-    package_versions,
-    probe_model,
-    timing_environment,
-)
+from pipeline.devices.environment import describe_environment, package_versions, probe_model
 from pipeline.devices.hardware import usable_cores
-from pipeline.devices.measure import measure
+from pipeline.devices.kit import Waiting
 from pipeline.devices.profile import DeviceProfile
 from pipeline.devices.session import open_session
 from pipeline.engine import Engine, InProcess, Processes, share_cores
-from pipeline.errors import BudgetMissed, CorruptArtifact, RunFolderError
+from pipeline.errors import AwaitingDevice, BudgetMissed, ConfigError, CorruptArtifact, RunFolderError
 from pipeline.evaluators import EVALUATORS
 from pipeline.report import assemble
 from pipeline.report.html import render_report
 from pipeline.report.manifest import build_manifest, write_manifest
 from pipeline.run import Run, TraceFile, read_trace
 from pipeline.search import METHODS
-from pipeline.search.base import SearchProblem
+from pipeline.search.base import RELAXED, SearchProblem
 from pipeline.train.recipe import Recipe
 from pipeline.types import Arch, Evaluator, Json, LatencyRecord, Tier
 from pipeline.units import format_value
@@ -73,37 +69,73 @@ TIER_RECORDS = {"derive": "arch", "retrain": "train", "export": "export", "measu
 
 
 def profile_stage(run: Run) -> None:
+    _refuse_unfit_space(run)
+    waiting = Waiting()
     for profile in run.config.profiles:
-        path = run.costs_path(profile.name)
-        inputs = {"space": run.input_hashes["space"], "profile": sha256_json(profile.model_dump(mode="json"))}
-        if run.folder.read_record(path, inputs) is not None:
-            continue
-        _refuse_missing_provider(profile)
-        with run.timed() as seconds:
-            table, how = build_cost_table(
-                run.space,
-                profile,
-                cache_dir=run.cache / "costs",
-                measure=measure,
-                environment=timing_environment(),
-                seed=run.config.seed,
-                networks=run.config.search.calibration,
-                progress=run.progress,
-            )
-            tiers = resolve_tiers(profile.tiers_of(), run.space, table)
-            reference = _write_reference(run, profile, table)
-        record = {
-            "table": table.to_json(),
-            "how": {key: value for key, value in how.items() if key not in ("space", "metrics", "latency")},
-            "reference": reference,
-            "tiers": [tier.to_json() for tier in tiers],
-        }
-        run.folder.write_record(path, {**record, "seconds": seconds()}, inputs)
+        with waiting:
+            _profile_device(run, profile)
+    waiting.stop()
+
+
+def _profile_device(run: Run, profile: DeviceProfile) -> None:
+    path = run.costs_path(profile.name)
+    inputs = {"space": run.input_hashes["space"], "profile": sha256_json(profile.model_dump(mode="json"))}
+    if run.folder.read_record(path, inputs) is not None:
+        return
+    _refuse_missing_provider(profile)
+    with run.timed() as seconds:
+        table, how = cost_table(run, profile)
+        tiers = resolve_tiers(profile.tiers_of(), run.space, table)
+        reference = _write_reference(run, profile, table)
+    record = {
+        "table": table.to_json(),
+        "how": {key: value for key, value in how.items() if key not in ("space", "metrics", "latency")},
+        "reference": reference,
+        "tiers": [tier.to_json() for tier in tiers],
+    }
+    run.folder.write_record(path, {**record, "seconds": seconds()}, inputs)
+
+
+def cost_table(run: Run, profile: DeviceProfile, kit: Path | None = None) -> tuple[SpaceCosts, Json]:
+    """The space's costs on one device, and how they came to be. Raises AwaitingDevice where the device is
+    elsewhere and was not asked yet; what to ask it is then in `kit`, by default in the run's folder."""
+    return build_cost_table(
+        run.space,
+        profile,
+        cache_dir=run.cache / "costs",
+        measure=run.stopwatch(profile, kit),
+        environment=run.environment(profile),
+        seed=run.config.seed,
+        networks=run.config.search.calibration,
+        progress=run.progress,
+    )
+
+
+def calibration_kit(run: Run, out: Path) -> bool:
+    """Write to `out` the kit that a run as described would wait for first; False where it would not wait."""
+    devices = [profile for profile in run.config.profiles if profile.elsewhere]
+    if len(devices) != 1:
+        raise ConfigError(
+            f"a kit is for one device, and {len(devices)} of the profiles say 'measured: elsewhere'; name one"
+        )
+    try:
+        cost_table(run, devices[0], kit=out)
+    except AwaitingDevice:
+        return True
+    return False
+
+
+def _refuse_unfit_space(run: Run) -> None:
+    """Before anything is measured or trained for a search that could not start. Raises ConfigError."""
+    if RELAXED in EVALUATORS[run.config.evaluator.name]().offers:
+        from pipeline.evaluators.relaxed import relaxed_space
+
+        relaxed_space(run.space)
 
 
 def _refuse_missing_provider(profile: DeviceProfile) -> None:
     """Before a minute goes into writing networks that nothing here can run. Raises ProviderError."""
-    if profile.measures_latency:
+    if profile.measures_latency and not profile.elsewhere:
         open_session(
             probe_model(), provider=profile.provider, provider_options=profile.provider_options, threads=1
         )
@@ -189,17 +221,24 @@ def _problem(run: Run) -> SearchProblem:
 
 
 def _evaluator(run: Run) -> Evaluator:
-    search, plug_in = run.config.search, run.config.evaluator
+    plug_in = run.config.evaluator
     make = EVALUATORS[plug_in.name]().make
     return make(
         run.space,
         run.task,
         plug_in.settings,
-        total_steps=search.warm_up
-        + (search.evaluations // (2 * len(run.tiers)) if search.train_in_search else 0),
+        total_steps=_training_steps(run),
         seed=run.config.seed,
         device=run.config.device,
     )
+
+
+def _training_steps(run: Run) -> int:
+    """How often the same weights are trained in a search."""
+    search = run.config.search
+    if RELAXED in METHODS[run.config.method.name].needs:  # every tier goes on from the warm-up
+        return search.warm_up + search.evaluations // len(run.tiers)
+    return search.warm_up + (search.evaluations // (2 * len(run.tiers)) if search.train_in_search else 0)
 
 
 def _searched_evaluator(run: Run) -> Evaluator:
@@ -269,15 +308,24 @@ def _deriver(run: Run, tier: Tier, evaluator: Evaluator, engine: Engine) -> Deri
         settings=run.config.derive,
         evaluator=evaluator,
         uniform=frozenset(run.space.uniform()),
-        device=run.bench(run.profile(tier.device)) if "latency_ms" in tier.budgets else None,
+        device=run.bench(run.profile(tier.device)) if _can_be_timed(run, tier) else None,
         refit=refit,
         try_accuracies=try_accuracies if run.config.derive.trial_epochs > 0 else None,
         say=run.progress.say,
     )
 
 
+def _can_be_timed(run: Run, tier: Tier) -> bool:
+    return "latency_ms" in tier.budgets and not run.profile(tier.device).elsewhere
+
+
 def _usage_of(run: Run, tier: Tier) -> Usage:
-    return partial(usage_of_budgets, run.costs[tier.device], tier)
+    """What cannot be timed now, since its device is elsewhere, is predicted with a margin: only the files
+    that ship make that journey."""
+    costs, profile = run.costs[tier.device], run.profile(tier.device)
+    if "latency_ms" in tier.budgets and profile.elsewhere:
+        return partial(usage_of_budgets, CautiousCosts(costs, run.bench(profile).kept_ms()), tier)
+    return partial(usage_of_budgets, costs, tier)
 
 
 def _chosen(run: Run, only: str | None) -> tuple[Tier, ...]:
@@ -553,29 +601,36 @@ def _metadata(run: Run, tier: Tier) -> dict[str, str]:
 
 def measure_stage(run: Run, only: str | None = None) -> None:
     """Time the files that ship. A tier over its budget is refused."""
+    elsewhere = Waiting()
     for profile in run.config.profiles:
-        waiting = []
-        for tier in (tier for tier in _chosen(run, only) if tier.device == profile.name):
-            export = run.done(run.tier_path(tier, "export.json"), "export")
-            inputs = {role: file["export"]["sha256"] for role, file in export["files"].items()}
-            if run.folder.read_record(run.tier_path(tier, "measure.json"), inputs) is None:
-                waiting.append((tier, inputs))
-        if not waiting:
-            continue
-        with run.timed() as seconds:
-            latencies = _time_shipped(run, profile, [tier for tier, _ in waiting])
-        for (tier, inputs), latency in zip(waiting, latencies, strict=True):
-            measured = _measured(run, tier, latency)
-            _refuse_over_budget(run, tier, measured)
-            run.folder.write_record(
-                run.tier_path(tier, "measure.json"),
-                {
-                    "measured": measured,
-                    "latency": None if latency is None else asdict(latency),
-                    "seconds": round(seconds() / len(waiting), 3),
-                },
-                inputs,
-            )
+        with elsewhere:
+            _measure_device(run, profile, only)
+    elsewhere.stop()
+
+
+def _measure_device(run: Run, profile: DeviceProfile, only: str | None) -> None:
+    waiting = []
+    for tier in (tier for tier in _chosen(run, only) if tier.device == profile.name):
+        export = run.done(run.tier_path(tier, "export.json"), "export")
+        inputs = {role: file["export"]["sha256"] for role, file in export["files"].items()}
+        if run.folder.read_record(run.tier_path(tier, "measure.json"), inputs) is None:
+            waiting.append((tier, inputs))
+    if not waiting:
+        return
+    with run.timed() as seconds:
+        latencies = _time_shipped(run, profile, [tier for tier, _ in waiting])
+    for (tier, inputs), latency in zip(waiting, latencies, strict=True):
+        measured = _measured(run, tier, latency)
+        _refuse_over_budget(run, tier, measured)
+        run.folder.write_record(
+            run.tier_path(tier, "measure.json"),
+            {
+                "measured": measured,
+                "latency": None if latency is None else asdict(latency),
+                "seconds": round(seconds() / len(waiting), 3),
+            },
+            inputs,
+        )
 
 
 def _time_shipped(run: Run, profile: DeviceProfile, tiers: Sequence[Tier]) -> list[LatencyRecord | None]:
@@ -585,6 +640,10 @@ def _time_shipped(run: Run, profile: DeviceProfile, tiers: Sequence[Tier]) -> li
         return [None] * len(tiers)
     bench = run.bench(profile)
     records = bench.time_files([run.tier_path(tier, _timed_file(profile)) for tier in tiers])
+    if profile.elsewhere:
+        for tier, record in zip(tiers, records, strict=True):
+            bench.keep(_arch_of(run, tier), record)
+        return list(records)
     for index, (tier, record) in enumerate(zip(tiers, records, strict=True)):
         if record.latency_ms > tier.budgets.get("latency_ms", math.inf):
             again = bench.time_files([run.tier_path(tier, _timed_file(profile))])[0]
@@ -595,10 +654,19 @@ def _time_shipped(run: Run, profile: DeviceProfile, tiers: Sequence[Tier]) -> li
 def _refuse_over_budget(run: Run, tier: Tier, measured: Mapping[str, float]) -> None:
     for metric, limit in tier.budgets.items():
         if measured[metric] > limit:
+            advice = (
+                "if the machine was busy run the same command again, else remove "
+                f"{run.tier_path(tier, 'arch.json')} and raise derive.guard"
+            )
+            if run.profile(tier.device).elsewhere:
+                advice = (
+                    "if the device was busy run its kit once more and import that; else remove the folder "
+                    f"{run.tier_path(tier)}: then the same command chooses another network, since what this "
+                    "one takes is known now"
+                )
             raise BudgetMissed(
                 f"tier {tier.key}: {metric} is {format_value(metric, measured[metric])}, budget "
-                f"{format_value(metric, limit)}, so the tier is not shipped; if the machine was busy run the "
-                f"same command again, else remove {run.tier_path(tier, 'arch.json')} and raise derive.guard"
+                f"{format_value(metric, limit)}, so the tier is not shipped; {advice}"
             )
 
 

@@ -15,10 +15,11 @@ from pipeline import __version__
 from pipeline.artifacts import FileCheckpoint, RunFolder, read_yaml, sha256_json, write_bytes, write_yaml
 from pipeline.config import RunConfig, parse
 from pipeline.costs.bench import Bench
-from pipeline.costs.table import SpaceCosts
+from pipeline.costs.table import Measure, SpaceCosts
 from pipeline.data import cache_folder, load_task
 from pipeline.data.base import ImageTask
 from pipeline.devices.environment import timing_environment
+from pipeline.devices.kit import Elsewhere
 from pipeline.devices.measure import measure
 from pipeline.devices.profile import DeviceProfile
 from pipeline.errors import ConfigError, RunFolderError, StaleArtifact
@@ -63,9 +64,23 @@ class Run:
             profile,
             model,
             cache_dir=self.cache / "costs",
-            environment=timing_environment(),
-            measure=measure,
+            environment=self.environment(profile),
+            measure=self.stopwatch(profile),
             progress=self.progress,
+        )
+
+    def stopwatch(self, profile: DeviceProfile, kit: Path | None = None) -> Measure:
+        """What times files: this machine, or for a device elsewhere what was imported from it; what is
+        missing is then packed into `kit`, by default in the run's folder."""
+        return self._elsewhere(profile, kit) if profile.elsewhere else measure
+
+    def environment(self, profile: DeviceProfile) -> Json:
+        """What of a device decides a latency, beside the profile."""
+        return self._elsewhere(profile).environment if profile.elsewhere else timing_environment()
+
+    def _elsewhere(self, profile: DeviceProfile, kit: Path | None = None) -> Elsewhere:
+        return Elsewhere(
+            profile, self.cache / "costs", kit or self.folder.path("kits", f"{profile.name}.zip")
         )
 
     def costs_path(self, device: str) -> Path:
@@ -85,7 +100,7 @@ class Run:
     def profile(self, device: str) -> DeviceProfile:
         return next(profile for profile in self.config.profiles if profile.name == device)
 
-    def tier_path(self, tier: Tier, name: str) -> Path:
+    def tier_path(self, tier: Tier, name: str = "") -> Path:
         return self.folder.path(tier.device, tier.name, name)
 
     def done(self, path: Path, stage: str) -> Json:

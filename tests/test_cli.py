@@ -17,18 +17,20 @@ from tiny_run import DEVICE, TIERS, Cli
 from pipeline import __version__
 from pipeline.cli import app
 
-DESCRIPTION = (
-    "[config] --profile --data --method --space --evaluator --out --seed --device --set --json"  # of a run
+DESCRIPTION = (  # of a run
+    "[config] --profile --data --method --space --evaluator --out --seed --device --set --workers --json"
 )
 SURFACE = {
     "run": DESCRIPTION,
     "profile": DESCRIPTION,
     "search": "--out",
-    "derive": "--out --tier",
-    "retrain": "--out --tier",
+    "derive": "--out --tier --workers",
+    "retrain": "--out --tier --workers",
     "export": "--out --tier",
     "measure": "--out --tier",
     "report": "--out",
+    "kit make": "--out [config] --profile --data --space --seed --set --verify --device",
+    "kit import": "results --profile",
     "list": "[folder] --json",
     "verify": "run_folder --device --remeasure/--no-remeasure --json",
     "select": "run_folder --latency-ms --params --flops --weight-bytes --device --json",
@@ -39,7 +41,8 @@ goes or changes its name here breaks them."""
 
 
 def commands() -> dict[str, Any]:
-    return dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+    found: dict[str, Any] = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+    return found | {f"kit {name}": command for name, command in found.pop("kit").commands.items()}
 
 
 def written(parameter: Any) -> str:
@@ -55,7 +58,7 @@ def test_the_command_line_is_the_one_that_scripts_rely_on() -> None:
 
 @pytest.mark.parametrize("command", SURFACE)
 def test_every_command_shows_an_example_that_names_it(cli: Cli, command: str) -> None:
-    text = re.sub(r"\s+", " ", cli(command, "--help").out)
+    text = re.sub(r"\s+", " ", cli(*command.split(), "--help").out)
     assert f"Example: budgetline {command}" in text
 
 

@@ -15,7 +15,6 @@ import pytest
 import yaml
 from tiny_run import DEVICE, TIERS, TINY, Cli
 
-from pipeline import flow
 from pipeline import run as run_module
 from pipeline.artifacts import sha256_file
 from pipeline.costs import bench
@@ -279,7 +278,6 @@ class Stopwatch:
 @pytest.fixture
 def stopwatch(monkeypatch: pytest.MonkeyPatch) -> Stopwatch:
     watch = Stopwatch()
-    monkeypatch.setattr(flow, "measure", watch)
     monkeypatch.setattr(run_module, "measure", watch)
     return watch
 

@@ -3,10 +3,12 @@
 Every value is a ratio to that reference times its nominal latency, so that what is timed today can be
 compared with a table made last week. Untrained members are remembered by content: the same network is not
 timed twice, and a run that was interrupted decides as it would have. Files that ship are always timed.
+On a device elsewhere a `measure` answers from what was imported; patience is then the device's own matter.
 """
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -17,15 +19,13 @@ from pipeline.artifacts import read_json, sha256_json, write_json
 from pipeline.costs.latency import VERSION
 from pipeline.costs.table import LatencyModel, Measure, export_for_timing, untrained
 from pipeline.deploy.export import export_onnx
-from pipeline.devices.measure import MAX_DRIFT
+from pipeline.devices.measure import ATTEMPTS, MAX_DRIFT, PAUSE_S, patiently
 from pipeline.devices.profile import DeviceProfile
 from pipeline.errors import MeasurementError, RunFolderError
 from pipeline.spaces.base import SearchSpace
 from pipeline.types import Arch, Json, LatencyRecord, Progress
 
 ROUNDS = 8
-ATTEMPTS = 4
-PAUSE_S = 15.0
 MAX_SPREAD = 0.2
 REFUSED_DRIFT = 0.5  # not a clock that moved: another machine, or a very busy one
 Write = Callable[[Arch, Path], None]
@@ -72,6 +72,19 @@ class Bench:
         with tempfile.TemporaryDirectory(prefix="budgetline-bench-") as folder:
             return self._against_reference(files, Path(folder))
 
+    def keep(self, arch: Arch, record: LatencyRecord) -> None:
+        """Remember what an architecture's finished network took, for a derivation that cannot time it."""
+        write_json(self._path(arch, "kept"), {"arch": arch.to_json(), "latency_ms": record.latency_ms})
+
+    def kept_ms(self) -> dict[Arch, float]:
+        """What finished networks took, by architecture."""
+        kept: dict[Arch, float] = {}
+        for path in sorted(self.folder.glob("*-kept.json")):
+            with contextlib.suppress(RunFolderError, KeyError, TypeError, ValueError):
+                record = read_json(path)
+                kept[Arch.from_json(record["arch"])] = float(record["latency_ms"])
+        return kept
+
     def write_reference(self, path: Path) -> None:
         """The reference network, for whoever wants to measure against it later."""
         self._write_quick(self.model.reference, path)
@@ -96,22 +109,15 @@ class Bench:
         Where the machine is faster by now, budgets are judged as if it were not."""
         reference = folder / "reference.onnx"
         self.write_reference(reference)
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                records = self._measured(files, reference)
-            except MeasurementError as disturbed:
-                if attempt == ATTEMPTS:
-                    raise
-                self.progress.say(f"{disturbed}; waiting to try again")
-                self.sleep(PAUSE_S)
-                continue
-            drift = max((record.drift for record in records), default=1.0)
-            if drift <= 1 + MAX_DRIFT:
-                break
-            if attempt < ATTEMPTS:
-                self.progress.say(f"the machine is {drift:.2f} times slower than when profiled; waiting")
-                self.sleep(PAUSE_S)
-        return self._judged(records, drift)
+        records = patiently(
+            lambda: self._measured(files, reference),
+            lambda record: record.drift,
+            self.progress.say,
+            attempts=1 if self.profile.elsewhere else ATTEMPTS,
+            pause_s=PAUSE_S,
+            sleep=self.sleep,
+        )
+        return self._judged(records, max((record.drift for record in records), default=1.0))
 
     def _measured(self, files: Sequence[Path], reference: Path) -> list[LatencyRecord]:
         return self.measure(

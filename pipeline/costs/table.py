@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 COUNTED = ("params", "flops", "weight_bytes")
 LATENCY = "latency_ms"
 MEASURING_ROUNDS = 6
+MARGIN_MAPES = 2.5
+MOST_SHORTFALL = 0.5
 CALIBRATION_SPREAD = 0.3
 """Lets a disturbed network pass: the fit weighs it against two dozen others, and the held-out error tells."""
 
@@ -196,6 +198,41 @@ class SpaceCosts:
         return cls(space, model)
 
 
+class CautiousCosts:
+    """Costs of networks that cannot be timed just now, since their device is elsewhere. A `CostTable`.
+
+    A latency is what was found for that very network, else its prediction plus a margin that few of the
+    predictor's errors exceed: two standard deviations of its held-out error (a normal error's mean size is
+    0.8 of one), and never less than what `found_ms` shows it to have been short by, up to a half."""
+
+    def __init__(self, table: SpaceCosts, found_ms: Mapping[Arch, float]) -> None:
+        assert table.latency is not None, "there is no margin without a predictor"
+        self.table, self.found_ms = table, found_ms
+        self.metrics = table.metrics
+        self.margin = max(MARGIN_MAPES * table.latency.held_out.mape, self._worst_shortfall())
+
+    @property
+    def additive(self) -> FloatArray | None:
+        return None
+
+    def of(self, archs: Sequence[Arch]) -> FloatArray:
+        """Costs, shape (N, M). Raises ConfigError for an architecture of another space."""
+        costs_NM = self.table.of(archs)
+        column = self.metrics.index(LATENCY)
+        cautious = costs_NM[:, column] * (1 + self.margin)
+        costs_NM[:, column] = [self.found_ms.get(arch, ms) for arch, ms in zip(archs, cautious, strict=True)]
+        return costs_NM
+
+    def _worst_shortfall(self) -> float:
+        if not self.found_ms:
+            return 0.0
+        predicted_ms = self.table.of(list(self.found_ms))[:, self.metrics.index(LATENCY)]
+        worst = max(
+            ms / predicted - 1 for ms, predicted in zip(self.found_ms.values(), predicted_ms, strict=True)
+        )
+        return min(float(worst), MOST_SHORTFALL)
+
+
 # ----------------------------------------------------------------------------------------------- building one
 
 
@@ -213,9 +250,9 @@ def build_cost_table(
     """The table and the record of how it came to be, from `cache_dir` where the same was built before.
 
     `environment` names what else decides a latency, for the cache's key; by default this machine's
-    processors and ONNX Runtime's version. `networks` are measured where the profile has a device. The record
-    holds `SpaceCosts.to_json` beside what it is of (`identity`), every measurement, the seed, the seconds,
-    and whether it came from the cache.
+    processors and ONNX Runtime's version (nothing for a device elsewhere). `networks` are measured where
+    the profile has a device. The record holds `SpaceCosts.to_json` beside what it is of (`identity`), every
+    measurement, the seed, the seconds, and whether it came from the cache.
     """
     identity: Json = {
         "space": space.fingerprint(),
@@ -248,8 +285,8 @@ def build_cost_table(
 
 
 def this_machine(profile: DeviceProfile) -> Json:
-    """What decides a latency besides the profile; nothing where the profile has no device."""
-    if not profile.measures_latency:
+    """What decides a latency besides the profile; nothing where the profile has no device here."""
+    if not profile.measures_latency or profile.elsewhere:
         return {}
     import onnxruntime
 

@@ -30,7 +30,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -61,7 +61,11 @@ REFERENCE_EVERY = 4  # visits between two blocks of the reference
 REFERENCE_AGREEMENT = 0.03  # before and after a visit
 REFERENCE_LEVEL = 0.03  # above the reference's level over the whole measurement
 
+ATTEMPTS = 4
+PAUSE_S = 15.0
+
 Advance = Callable[[int, str], None]
+Timed = TypeVar("Timed")
 Samples = Any  # float64 array of run times in ms; numpy's own type is no use to Python 3.9
 
 _INPUT_TYPES = {
@@ -279,6 +283,10 @@ def _value_ms(samples: Samples) -> float:
     return float(np.quantile(samples, 0.25))
 
 
+def _values_ms(visits: Sequence[Visit]) -> list[list[float]]:
+    return [[_value_ms(visit.samples), visit.before_ms, visit.after_ms] for visit in visits]
+
+
 def _spread(ratios: Samples) -> float:
     """Interquartile range over median."""
     low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
@@ -294,9 +302,12 @@ def time_models(
     seed: int = 0,
     reference_nominal_ms: float | None = None,
     max_spread: float = MAX_SPREAD,
+    with_visits: bool = False,
     advance: Advance = lambda steps, note: None,
 ) -> list[dict[str, Any]]:
-    """Measure in this process, which it pins; one record per model with the fields of a LatencyRecord.
+    """Measure in this process, which it pins; one record per model with the fields of a LatencyRecord, and
+    where asked for, under `visits`, every kept visit as ms of the network and of the reference before and
+    after it.
 
     Raises ProviderError, ProfileError or ExportError where nothing can be measured, and MeasurementError
     when too few visits were undisturbed or the interquartile range of a network's ratios is above
@@ -336,6 +347,7 @@ def time_models(
                 nominal_ms=reference_nominal_ms or level_ms,
             ),
             "context": {**context, "warmup": network.warmup},
+            **({"visits": _values_ms(measurement.kept(i))} if with_visits else {}),
         }
         for i, network in enumerate(networks)
     ]
@@ -360,6 +372,35 @@ def _require_quiet(
                 f"{where} does not repeat: its rounds spread by {spread:.0%}, allowed is {max_spread:.0%} "
                 f"(load {load_average()}); stop other work and run the same command again"
             )
+
+
+def patiently(
+    measured: Callable[[], list[Timed]],
+    drift_of: Callable[[Timed], float],
+    say: Callable[[str], None],
+    *,
+    attempts: int = ATTEMPTS,
+    pause_s: float = PAUSE_S,
+    sleep: Callable[[float], None] = time.sleep,
+) -> list[Timed]:
+    """Records of a machine that is quiet, and about as fast as when its costs were measured; waits a little
+    for a busy one. A drift that stays after the last attempt is left to the caller to judge.
+
+    Raises MeasurementError where the last attempt does."""
+    for left in range(attempts - 1, -1, -1):
+        try:
+            records = measured()
+        except MeasurementError as disturbed:
+            if not left:
+                raise
+            say(f"{disturbed}; waiting to try again")
+        else:
+            drift = max(map(drift_of, records), default=1.0)
+            if drift <= 1 + MAX_DRIFT or not left:
+                return records
+            say(f"the machine is {drift:.2f} times slower than when profiled; waiting")
+        sleep(pause_s)
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _pin(settings: RuntimeSettings) -> tuple[int, ...]:

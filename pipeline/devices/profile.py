@@ -6,10 +6,16 @@ import difflib
 import re
 from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from pipeline.devices.hardware import usable_cores
 from pipeline.devices.session import CPU, PROVIDERS, OptionValue, RuntimeSettings
@@ -43,14 +49,16 @@ class DeviceProfile(Settings):
     """How networks run on one device, and what its tiers are.
 
     `provider` is an execution provider of ONNX Runtime (short or full name), or `none` for no device at
-    all. `threads: null` means every core the process may use. `lane` is the block of channels that the
-    device computes at a time: widths are multiples of it. `operations` names the block types a space may
-    use; None leaves it to the space."""
+    all. `threads: null` means every core the process may use. `measured: elsewhere` is a device that is not
+    this machine: what is to be timed travels there in a kit (`pipeline.devices.kit`). `lane` is the block
+    of channels that the device computes at a time: widths are multiples of it. `operations` names the block
+    types a space may use; None leaves it to the space."""
 
     name: str
     description: str = ""
     provider: str = CPU
     provider_options: dict[str, OptionValue] = Field(default_factory=dict)
+    measured: Literal["here", "elsewhere"] = "here"
     threads: int | None = Field(default=1, gt=0)
     spinning: bool = True
     batch: int = Field(default=1, gt=0)
@@ -92,6 +100,10 @@ class DeviceProfile(Settings):
             raise ValueError("'provider_options' has no effect with the CPU provider; remove it")
         if self.provider == NO_DEVICE:
             self._refuse_device_fields()
+        if self.elsewhere and self.threads is None:
+            raise ValueError(
+                "'threads' is null, but a device elsewhere does not tell its cores here: give a number"
+            )
         try:
             tiers = self.tiers_of()
         except ConfigError as wrong:
@@ -104,7 +116,7 @@ class DeviceProfile(Settings):
         return self
 
     def _refuse_device_fields(self) -> None:
-        idle = {"provider_options", "threads", "spinning", "batch"} & self.model_fields_set
+        idle = {"provider_options", "threads", "spinning", "batch", "measured"} & self.model_fields_set
         if idle:
             raise ValueError(
                 f"'{min(idle)}' has no effect without a provider ('provider' is none); remove it"
@@ -114,6 +126,19 @@ class DeviceProfile(Settings):
     def measures_latency(self) -> bool:
         """Whether there is a device to measure on. Without one, no tier limits latency."""
         return self.provider != NO_DEVICE
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the device is not this machine."""
+        return self.measured == "elsewhere"
+
+    @model_serializer(mode="wrap")
+    def _only_what_differs(self, serialise: SerializerFunctionWrapHandler) -> Json:
+        """A device that is here is written as before there were others, so that hashes of it stay."""
+        values: Json = serialise(self)
+        if not self.elsewhere:
+            values.pop("measured", None)
+        return values
 
     def limits(self, metric: str) -> bool:
         """Whether any tier limits `metric`."""
@@ -148,8 +173,10 @@ class DeviceProfile(Settings):
         )
 
     def fingerprint(self) -> Json:
-        """Everything of the profile that decides a latency."""
-        return self.runtime().to_json() if self.measures_latency else {"provider": NO_DEVICE}
+        """Everything of the profile that decides a latency; a device elsewhere is known by its name."""
+        if not self.measures_latency:
+            return {"provider": NO_DEVICE}
+        return {**self.runtime().to_json(), **({"elsewhere": self.name} if self.elsewhere else {})}
 
 
 def canonical_provider(name: str) -> str:

@@ -27,17 +27,28 @@ class MakeEvaluator(Protocol):
 
 
 class EvaluatorEntry(NamedTuple):
+    """`offers` names what it has beyond the Evaluator protocol: `relaxed`, a `RelaxedEvaluator` as well;
+    `extract`, a supernet that networks can take their first weights from."""
+
     settings: type[Settings]
     make: MakeEvaluator
+    offers: frozenset[str] = frozenset()
 
 
 def _one_shot() -> EvaluatorEntry:
     from pipeline.evaluators.one_shot import OneShotEvaluator, OneShotSettings
 
-    return EvaluatorEntry(OneShotSettings, OneShotEvaluator)
+    return EvaluatorEntry(OneShotSettings, OneShotEvaluator, frozenset({"extract"}))
+
+
+def _relaxed() -> EvaluatorEntry:
+    from pipeline.evaluators.relaxed import RelaxedSettings, RelaxedSupernet
+
+    return EvaluatorEntry(RelaxedSettings, RelaxedSupernet, frozenset({"relaxed"}))
 
 
 EVALUATORS: dict[str, Callable[[], EvaluatorEntry]] = {
     "one-shot": _one_shot,
+    "relaxed": _relaxed,
 }
 """Name → a function that imports the evaluator: most of them need torch, and a catalogue must not."""

@@ -96,6 +96,9 @@ def verify(
     if remeasure:
         by_device = operator.itemgetter("device")
         for name, group in groupby(sorted(tiers, key=by_device), key=by_device):
+            if _elsewhere(manifest["profiles"][name]):
+                results += _not_timed_here(list(group), run)
+                continue
             reference = manifest["costs"].get(name, {}).get("reference")
             timer = _Timer(sound, runtime_of(manifest["profiles"][name]), reference, measure)
             results += _check_latency(sound, list(group), timer)
@@ -211,15 +214,20 @@ def _run(session: Any, images: NDArray[Any], batch: int) -> NDArray[Any]:
 
 def runtime_of(profile: Json) -> RuntimeSettings:
     """How to run a network as a profile of the manifest says: `threads` null is every core there is here, and
-    a profile without a device (`none`) runs on the CPU."""
+    a profile without a device (`none`), or of a device elsewhere, runs on the CPU."""
+    here = profile["provider"] != "none" and not _elsewhere(profile)
     return RuntimeSettings(
-        provider=CPU if profile["provider"] == "none" else profile["provider"],
-        provider_options=profile["provider_options"],
+        provider=profile["provider"] if here else CPU,
+        provider_options=profile["provider_options"] if here else {},
         threads=profile["threads"] or len(usable_cores()),
         spinning=profile["spinning"],
         batch=profile["batch"],
         precision=profile["precision"],
     )
+
+
+def _elsewhere(profile: Json) -> bool:
+    return bool(profile.get("measured") == "elsewhere")
 
 
 # ------------------------------------------------------------------------------------------------- budgets
@@ -274,6 +282,13 @@ def _check_latency(sound: _Sound, tiers: Sequence[Json], timer: _Timer) -> Itera
             yield CheckResult(tier_key(tier), check, False, wanted, f"not measured: {unreached}")
         else:
             yield _within(tier, check, LATENCY, limit, *_latency_here(record))
+
+
+def _not_timed_here(tiers: Sequence[Json], run: Path) -> Iterator[CheckResult]:
+    came = f"the device is elsewhere: `budgetline kit make --verify {run} --out check.zip` checks it there"
+    for tier in (tier for tier in tiers if LATENCY in tier["budgets"]):
+        wanted = f"≤ {format_value(LATENCY, tier['budgets'][LATENCY])}"
+        yield CheckResult(tier_key(tier), f"budget {LATENCY}, measured here", None, wanted, came)
 
 
 def _latency_here(record: LatencyRecord) -> tuple[float, str]:

@@ -259,15 +259,22 @@ def _distance(usage_N: FloatArray, low: float) -> FloatArray:
 # -------------------------------------------------------------------------------------------------- methods
 
 
+RELAXED = "relaxed"
+"""What a method needs, and an evaluator offers, that is a `RelaxedEvaluator` as well."""
+
+
 class SearchMethod(NamedTuple):
     """An entry of the catalogue.
 
     `run(problem, config, *, checkpoint, trace, progress)` returns a SearchResult; `trace` takes one JSON
-    record per iteration. `needs` names what the evaluator must offer beyond the Evaluator protocol."""
+    record per iteration. `needs` names what the evaluator must offer beyond the Evaluator protocol.
+    `suggests(config)` gives what a run gets where it states nothing else: the name of an `evaluator`, and
+    settings of the `space`, as far as it has them."""
 
     config: type[Settings]
     run: Run
     needs: frozenset[str] = frozenset()
+    suggests: Callable[[Any], Json] = lambda config: {}
 
 
 class Run(Protocol):

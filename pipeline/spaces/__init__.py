@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from pipeline.settings import Settings
 from pipeline.spaces.base import SearchSpace
+from pipeline.spaces.cell import CellSettings, CellSpace
 from pipeline.spaces.mbconv import MBConvSettings, MBConvSpace
 from pipeline.spaces.nb201 import NB201Settings, NB201Space
 
@@ -20,5 +21,6 @@ class SpaceEntry(NamedTuple):
 
 SPACES: dict[str, SpaceEntry] = {
     "mbconv": SpaceEntry(MBConvSettings, MBConvSpace),
+    "cell": SpaceEntry(CellSettings, CellSpace),
     "nb201": SpaceEntry(NB201Settings, NB201Space),
 }

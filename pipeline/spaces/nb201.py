@@ -17,6 +17,9 @@ A cell without any path brings zero, so that its network answers the same for ev
 
 Members that are isomorphic, or that skips make alike, stay apart: they have weights of their own in the
 supernet, and rows of their own in the tables.
+
+For gradient methods an edge can carry a weighted sum of its operations; such a mixture has a row per slot and
+a column per operation, and stands for the cell of every edge's strongest operation.
 """
 
 from __future__ import annotations
@@ -26,18 +29,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property, lru_cache, reduce
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, TypeVar
 
+import numpy as np
 from pydantic import Field
 
 from pipeline.errors import ConfigError
 from pipeline.settings import Settings
-from pipeline.types import Arch, Json, Layer, Slot
+from pipeline.types import Arch, FloatArray, Json, Layer, Slot
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from pipeline.spaces.nb201_modules import NB201Supernet
+    from pipeline.spaces.nb201_modules import NB201MixedSupernet, NB201Supernet
 
 NAME = "nb201"
 EDGES = ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3))
@@ -59,6 +63,11 @@ V = TypeVar("V")
 class NB201Settings(Settings):
     cells: int = Field(5, ge=1, le=50, description="cells per stage, N")
     channels: int = Field(16, ge=1, le=1024, description="width of the first stage, C")
+    mixed_norm: Literal["none", "pools", "nodes"] = Field(
+        "none",
+        description="batch norm without scale and shift in the mixed supernet alone: after pools as DARTS "
+        "searches its own space, or on every node's sum as DARTS-PRIME does",
+    )
 
 
 # --------------------------------------------------------------------------------------------------- the cell
@@ -101,11 +110,12 @@ def run_cell(
     rectify: Callable[[V], V],
     pool: Callable[[V], V],
     add: Callable[[V, V], V],
+    settle: Callable[[V], V] | None = None,
 ) -> V | None:
     """A cell's output, whatever its values are: tensors, or operators that are written down.
 
-    `edge(slot, source)` is what an edge brings, None where that is nothing. None where no path leads through.
-    """
+    `edge(slot, source)` is what an edge brings, None where that is nothing; `settle` is done to every node's
+    sum. None where no path leads through."""
     nodes: list[Node[V] | None] = [Node(entry, rectify, pool)]
     for incoming in INCOMING:
         brought: list[V] = []
@@ -114,7 +124,11 @@ def run_cell(
             value = None if source is None else edge(slot, source)
             if value is not None:
                 brought.append(value)
-        nodes.append(Node(reduce(add, brought), rectify, pool) if brought else None)
+        if not brought:
+            nodes.append(None)
+            continue
+        total = reduce(add, brought)
+        nodes.append(Node(total if settle is None else settle(total), rectify, pool))
     return None if nodes[-1] is None else nodes[-1].value
 
 
@@ -131,10 +145,11 @@ def operate(op: int, source: Node[V], convolve: Callable[[V], V]) -> V | None:
 
 
 class NB201Space:
-    """The space for one input. Implements `pipeline.spaces.base.SearchSpace`."""
+    """The space for one input. Implements `pipeline.spaces.base.RelaxedSpace`."""
 
     name = NAME
     slots = tuple(Slot(f"{source}-{target}", OPERATIONS) for source, target in EDGES)
+    edges = slots
     largest = Arch(NAME, (CONV3,) * len(EDGES))
     smallest = Arch(NAME, tuple(SKIP if edge == (0, 3) else NONE for edge in EDGES))
     """The cheapest connected cell: its network is the bare skeleton."""
@@ -226,7 +241,8 @@ class NB201Space:
             "space": NAME,
             "image_shape": list(self.image_shape),
             "num_classes": self.num_classes,
-            **self.settings.model_dump(mode="json"),
+            **self.settings.model_dump(mode="json", exclude={"mixed_norm"}),
+            **({} if self.settings.mixed_norm == "none" else {"mixed_norm": self.settings.mixed_norm}),
             "version": 1,
         }
 
@@ -239,6 +255,22 @@ class NB201Space:
         from pipeline.spaces.nb201_modules import NB201Supernet
 
         return NB201Supernet(self)
+
+    def mixed_supernet(self) -> NB201MixedSupernet:
+        from pipeline.spaces.nb201_modules import NB201MixedSupernet
+
+        return NB201MixedSupernet(self)
+
+    def discretise(self, mix_EO: FloatArray) -> Arch:
+        """The strongest operation of every edge, the first of equals: `none` where all weights are 0. Edges
+        may be dead."""
+        assert mix_EO.shape == (len(EDGES), len(OPERATIONS)), f"a mixture of shape {mix_EO.shape}"
+        return Arch(NAME, tuple(mix_EO.argmax(axis=1).tolist()))
+
+    def mix_of(self, arch: Arch) -> FloatArray:
+        """1 for every edge's operation, `none` included."""
+        self._check(arch)
+        return np.eye(len(OPERATIONS))[list(arch.choices)]
 
 
 # ------------------------------------------------------------------------------------------------- its layers

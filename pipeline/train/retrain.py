@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -79,6 +79,31 @@ class TrainRecord:
         return cls(**fields)
 
 
+@runtime_checkable
+class Aided(Protocol):
+    """A network with parts that help to train it and do not ship, such as an auxiliary head or dropped paths.
+    They are there between `begin_training` and `end_training`, and never in evaluation mode."""
+
+    @property
+    def auxiliary_weight(self) -> float:
+        """Weight of the auxiliary logits' cross entropy in the loss."""
+        ...
+
+    def begin_training(self) -> None:
+        """Random weights come from torch's global generator."""
+        ...
+
+    def set_progress(self, share: float) -> None:
+        """How much of the training is done, 0 to 1."""
+        ...
+
+    def training_logits(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits and, where there is a head for them, auxiliary ones, both of shape (N, C)."""
+        ...
+
+    def end_training(self) -> None: ...
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """torch's global generators start from `seed` inside the block and are put back after it."""
@@ -128,6 +153,9 @@ def retrain(
     last one is of a good state."""
     if teacher is not None and recipe.distil is None:
         raise ConfigError(f"{label}: a teacher was given, but the recipe has no 'distil' section; add one")
+    if isinstance(network, Aided):
+        with seeded(seed):
+            network.begin_training()
     network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     run = _Run(network, task, recipe, seed, label, device, teacher)
     run.resume(checkpoint, progress)
@@ -150,6 +178,7 @@ class _Run:
         teacher: nn.Module | None,
     ) -> None:
         self.network, self.task, self.recipe = network, task, recipe
+        self.aided = network if isinstance(network, Aided) else None
         self.seed, self.label, self.device = seed, label, device
         self.batch_size = min(recipe.batch_size, len(task.splits["weights"]))
         self.batches = Batches(task, "weights", self.batch_size, seed=seed, augment=True, drop_last=True)
@@ -227,12 +256,23 @@ class _Run:
     def _loss(self, images_NCHW: Tensor, labels_N: Tensor) -> Tensor:
         bf16 = self.recipe.precision == "bf16"
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=bf16):
-            logits_NC = self.network(images_NCHW).float()
+            logits_NC, auxiliary_NC = self._logits(images_NCHW)
             teacher_NC = None
             if self.teacher is not None:
                 with torch.no_grad():
                     teacher_NC = self.teacher(images_NCHW).float()
-        return training_loss(logits_NC, labels_N, self.recipe.label_smoothing, self.recipe.distil, teacher_NC)
+        smoothing = self.recipe.label_smoothing
+        loss = training_loss(logits_NC.float(), labels_N, smoothing, self.recipe.distil, teacher_NC)
+        if self.aided is None or auxiliary_NC is None:
+            return loss
+        auxiliary = F.cross_entropy(auxiliary_NC.float(), labels_N, label_smoothing=smoothing)
+        return loss + self.aided.auxiliary_weight * auxiliary
+
+    def _logits(self, images_NCHW: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.aided is None:
+            return self.network(images_NCHW), None
+        self.aided.set_progress(self.step / self.steps)
+        return self.aided.training_logits(images_NCHW)
 
     def _read_losses(self) -> int:
         """Fetch the losses of the steps since the last call and add them up, in order. Returns how many."""
@@ -293,6 +333,8 @@ class _Run:
     def finish(self) -> TrainRecord:
         assert self.best_score is not None, "the last epoch is always evaluated"
         self.network.load_state_dict(self.best)
+        if self.aided is not None:
+            self.aided.end_training()
         self.network.eval()
         accuracy, negative_loss = self.best_score
         return TrainRecord(

@@ -22,7 +22,7 @@ def write(tmp_path: Path):  # type: ignore[no-untyped-def]
     return write
 
 
-@pytest.mark.parametrize("name", ["cpu-1thread", "cpu", "cuda", "params"])
+@pytest.mark.parametrize("name", ["cpu-1thread", "cpu", "cuda", "params", "raspberry-pi-5"])
 def test_shipped_profiles_load_by_name_and_by_path(name: str) -> None:
     profile = load_profile(name, SHIPPED)
     assert profile == load_profile(SHIPPED / f"{name}.yaml")
@@ -123,7 +123,7 @@ def test_a_bad_profile_names_the_file_and_what_is_wrong(write, text: str, said: 
 
 
 def test_an_unknown_name_lists_the_profiles_there_are() -> None:
-    with pytest.raises(ProfileError, match="cpu, cpu-1thread, cuda, params"):
+    with pytest.raises(ProfileError, match="cpu, cpu-1thread, cuda, params, raspberry-pi-5"):
         load_profile("cpux", SHIPPED)
 
 

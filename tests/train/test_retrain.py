@@ -347,3 +347,58 @@ def test_a_batch_larger_than_the_data_is_the_data(toy_network: MakeNetwork, task
 
 def _logits(seed: int) -> Tensor:
     return torch.randn(4, 3, generator=torch.Generator().manual_seed(seed))
+
+
+class _Aided(nn.Module):
+    """Has an auxiliary head on its logits, and notes how far the training is said to be."""
+
+    auxiliary_weight = 0.5
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.head: nn.Module | None = None
+        self.shares: list[float] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network(images)
+        return logits
+
+    def begin_training(self) -> None:
+        self.head = nn.Linear(3, 3)
+
+    def set_progress(self, share: float) -> None:
+        self.shares.append(share)
+
+    def training_logits(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        assert self.head is not None
+        logits = self(images)
+        return logits, self.head(logits)
+
+    def end_training(self) -> None:
+        self.head = None
+
+
+def test_aids_are_there_in_training_alone_and_survive_a_kill(
+    toy_network: MakeNetwork, task: ImageTask
+) -> None:
+    plain, straight, resumed = toy_network(), _Aided(toy_network()), _Aided(toy_network())
+    train(plain, task)
+    expected = train(straight, task)
+    assert list(straight.network.state_dict()) == list(plain.state_dict()) and straight.head is None
+    assert not same_bits(plain, straight.network)  # the auxiliary loss has pulled too
+    assert straight.shares == pytest.approx([step / 15 for step in range(15)])
+    checkpoint = _Memory(kill_after=7)
+    with pytest.raises(_Killed):
+        train(_Aided(toy_network()), task, checkpoint=checkpoint)
+    assert untimed(train(resumed, task, checkpoint=checkpoint)) == untimed(expected)
+    assert same_bits(straight, resumed)
+
+
+def test_the_auxiliary_loss_is_added_with_its_weight(toy_network: MakeNetwork, task: ImageTask) -> None:
+    recipe = Recipe(epochs=1, batch_size=150, lr=1e-9, warmup_share=0, ema_decay=0, label_smoothing=0.2)
+    heavy, light, none = (_Aided(toy_network()) for _ in range(3))
+    heavy.auxiliary_weight, light.auxiliary_weight, none.auxiliary_weight = 2.0, 1.0, 0.0
+    losses = [train(network, task, recipe).history[0].train_loss for network in (heavy, light, none)]
+    assert losses[0] - losses[1] == pytest.approx(losses[1] - losses[2], rel=1e-4)
+    assert losses[0] - losses[1] > 0.5

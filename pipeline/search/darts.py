@@ -1,0 +1,41 @@
+"""Plain DARTS, the baseline: softmax over each edge's operations, and a step of α with every minibatch.
+
+H. Liu, K. Simonyan, Y. Yang, "DARTS: Differentiable Architecture Search", 2018, arXiv 1806.09055. First
+or second order is the evaluator's `order`. Budgets are ours (`gradient.py`).
+
+It is known to collapse towards skip connections on NAS-Bench-201 (Dong and Yang 2020, arXiv 2001.00326):
+`benchmarks/darts_nb201.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pipeline.algorithms import relaxation
+from pipeline.search.base import RELAXED, SearchMethod, SearchProblem
+from pipeline.search.gradient import GradientSettings, NoPull, Rules, descend
+from pipeline.types import Checkpoint, Json, Progress, SearchResult
+
+
+class Darts(GradientSettings):
+    """Settings of `darts`."""
+
+
+def run(
+    problem: SearchProblem,
+    config: Darts,
+    *,
+    checkpoint: Checkpoint,
+    trace: Callable[[Json], None],
+    progress: Progress,
+) -> SearchResult:
+    """One search per tier; what is raised, see `descend`."""
+    rules = Rules(relaxation.SOFTMAX, pace=None, pull=NoPull())
+    return descend("darts", problem, config, rules, checkpoint=checkpoint, trace=trace, progress=progress)
+
+
+def suggests(config: Darts) -> Json:
+    return {"evaluator": RELAXED, "space": {"mixed_norm": "pools"}}
+
+
+METHOD = SearchMethod(Darts, run, frozenset({RELAXED}), suggests)

@@ -1,0 +1,685 @@
+"""The loop of the gradient methods: weights and a mixture of operations, trained side by side.
+
+H. Liu, K. Simonyan, Y. Yang, "DARTS: Differentiable Architecture Search", 2018, arXiv 1806.09055. What
+makes it `darts` or `darts-prime` comes in as `Rules`: how α becomes a mixture, which minibatches move
+it, what pulls it towards an architecture.
+
+Budgets are ours, the papers have none. There is one search per tier; all of them go on from the same
+warm-up, in which the weights train under the first mixture. A tier's limits enter as in an augmented
+Lagrangian (Nocedal and Wright 2006, chapter 17): with v_l = log(expected cost / limit), the gradient of
+everything else is joined by Σ_l max(0, λ_l + μ v_l) ∇v_l, and λ_l ← max(0, λ_l + rate · v_l) after
+every step of α. Each ∇v_l is scaled to the length of the rest, so that multipliers mean the same
+whatever the loss's slope is: at 1 the limit pulls as hard as the loss. The expected cost is that of
+architectures drawn by the mixture's shares; where a cost table is not additive over the edges, a linear
+fit to drawn architectures stands for it (`algorithms/relaxation.py`), renewed as the mixture moves. So
+any metric can be limited, measured latency too.
+
+Of the problem's numbers, `warm_up` is the minibatches before any step of α, once for all tiers, and
+`evaluations` all minibatches after it: every tier has its equal share of them, each of which is an
+optimiser step on the weights and asks for the loss of the mixture at most once, and spends the last
+`candidates` of its share on the losses of architectures. `train_in_search` and `fit_samples` have no
+meaning here.
+
+Axes: K tiers, L limits of a tier, E edges, O operations, N architectures.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Protocol, cast
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+from pydantic import Field
+
+from pipeline.algorithms import adam, relaxation
+from pipeline.algorithms.adam import AdamSettings, Moments
+from pipeline.algorithms.relaxation import Activation, Admm, LinearCost, Mask, Pace, Schedule
+from pipeline.artifacts import sha256_json
+from pipeline.errors import ConfigError, DivergedTraining, StaleArtifact
+from pipeline.search.base import RELAXED, BandSampler, SearchProblem
+from pipeline.settings import Settings
+from pipeline.types import (
+    Arch,
+    Arrays,
+    Candidate,
+    Checkpoint,
+    Evaluator,
+    FitInfo,
+    FloatArray,
+    IntArray,
+    Json,
+    Progress,
+    RelaxedEvaluator,
+    SearchResult,
+    Tier,
+)
+
+# First word of the seed of every random stream here; those of `search/base.py` are 0 to 3.
+STAGE_ALPHA, STAGE_COSTS, STAGE_CANDIDATES = range(10, 13)
+
+NONE = "none"
+"""Name of the operation that brings nothing, in every space that has one."""
+
+LEAST_REACH = 0.1
+"""How far α must be able to go: its first values are about 1/|O| with `crb`, and even with `softmax`."""
+
+POOL = 2_000
+"""Random architectures that show whether a tier's budget can be kept, before anything is trained."""
+
+TEMPERATURES = (0.25, 0.5, 1.0, 2.0, 4.0)
+"""How far the last mixture is perturbed, in turn, to find architectures within the budget beside it."""
+
+SECOND_CHANCE = 0.01
+"""Weight that every operation has in those perturbations, as a share of the largest: also those that
+were masked, or never offered."""
+
+BAND = 0.85
+"""Architectures that use less of the budget come after those that use this much, as in `BandSampler`."""
+
+
+class GradientSettings(Settings):
+    """What all gradient methods share. Adam's defaults are those of both papers."""
+
+    learning_rate: float = Field(default=3e-4, gt=0)
+    """Of Adam on α."""
+    beta1: float = Field(default=0.5, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    weight_decay: float = Field(default=1e-3, ge=0)
+    candidates: int = Field(default=16, ge=1)
+    """How many architectures a tier's search leaves, at most, each with its loss."""
+    pressure_rate: float = Field(default=40.0, ge=0)
+    """Change of a limit's multiplier λ per unit of log(cost/limit) and of the way that Adam can have
+    moved α, its learning rate times its steps: λ has grown before operations are given up."""
+    damping: float = Field(default=4.0, ge=0)
+    """μ: what log(cost/limit) adds to the multiplier at once, which keeps it from overshooting."""
+    cost_samples: int = Field(default=512, ge=16)
+    """Architectures whose costs a linear fit is made to."""
+    cost_every: int = Field(default=20, ge=1)
+    """Steps of α after which the fit is renewed."""
+
+
+class Pull(Protocol):
+    """What draws a mixture towards an architecture. Its memory is that of ADMM, needed or not."""
+
+    def gradient(
+        self, mix_EO: FloatArray, mask_EO: Mask, memory: Admm, at: Where
+    ) -> tuple[float, FloatArray]:
+        """Value, and gradient by the mixture."""
+        ...
+
+    def start(self, alpha_EO: FloatArray, mask_EO: Mask, activation: Activation) -> Admm: ...
+    def remember(
+        self, memory: Admm, alpha_EO: FloatArray, mask_EO: Mask, activation: Activation, at: Where
+    ) -> Admm:
+        """The memory after a step of α."""
+        ...
+
+
+class Where(NamedTuple):
+    """How far a tier's search is: `share` of its minibatches, and `moves`, the steps of α so far; what
+    an architecture is: the space's rule, and the cell of every edge."""
+
+    share: float
+    moves: int
+    disc: relaxation.Disc
+    cell_E: IntArray
+
+
+class NoPull:
+    """Implements `Pull`."""
+
+    def gradient(
+        self, mix_EO: FloatArray, mask_EO: Mask, memory: Admm, at: Where
+    ) -> tuple[float, FloatArray]:
+        return 0.0, np.zeros_like(mix_EO)
+
+    def start(self, alpha_EO: FloatArray, mask_EO: Mask, activation: Activation) -> Admm:
+        return Admm(np.zeros_like(alpha_EO), np.zeros_like(alpha_EO))
+
+    def remember(
+        self, memory: Admm, alpha_EO: FloatArray, mask_EO: Mask, activation: Activation, at: Where
+    ) -> Admm:
+        return memory
+
+
+class Rules(NamedTuple):
+    """What tells gradient methods apart. Without a `pace` every minibatch moves α (the static
+    schedule)."""
+
+    activation: Activation
+    pace: Pace | None
+    pull: Pull
+
+
+class TierState(NamedTuple):
+    """All that one tier's search has to remember beside the weights of the network; arrays, so that it
+    can be kept. `moves` is the steps of α, `schedule_2` as `Schedule`."""
+
+    alpha_EO: FloatArray
+    mask_EO: Mask
+    first_EO: FloatArray
+    second_EO: FloatArray
+    moves: NDArray[np.int64]
+    schedule_2: FloatArray
+    target_EO: FloatArray
+    dual_EO: FloatArray
+    multiplier_L: FloatArray
+    base_L: FloatArray
+    weight_LEO: FloatArray
+    kept_EO: FloatArray
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(*self.schedule_2.tolist())
+
+    @property
+    def memory(self) -> Admm:
+        return Admm(self.target_EO, self.dual_EO)
+
+    @property
+    def costs(self) -> LinearCost:
+        return LinearCost(self.base_L, self.weight_LEO, self.kept_EO)
+
+
+def descend(
+    method: str,
+    problem: SearchProblem,
+    config: GradientSettings,
+    rules: Rules,
+    *,
+    checkpoint: Checkpoint,
+    trace: Callable[[Json], None],
+    progress: Progress,
+    clock: Callable[[], float] = time.monotonic,
+) -> SearchResult:
+    """Search tier by tier, from the checkpoint if there is one.
+
+    The trace gets a record per minibatch, `iteration` counting all of them from 0, the warm-up's
+    included; a checkpoint's record holds the number finished, as in `drive`. The result is that of an
+    uninterrupted search, bit for bit (but for `seconds`). Of several tiers each has weights of its own
+    in the end; the evaluator is left with those of the warm-up, which favour none of them. Its
+    candidates are the architectures that the tier's mixture has stood for, and beside them, found by
+    perturbing its last mixture, such as keep the budget; all are judged on the same images by the
+    tier's own weights.
+
+    Raises ConfigError where the evaluator cannot mix or the problem's numbers leave nothing to search
+    with, InfeasibleBudget before anything is trained, DivergedTraining at a loss that is not finite;
+    the last checkpoint stays."""
+    run = _Search(method, problem, config, rules, checkpoint, clock)
+    run.resume()
+    if run.unfinished:
+        run.find_bands()
+        run.say_if_too_short(progress)
+    with progress.track("warm-up", problem.warm_up, min(run.iteration, problem.warm_up)) as advance:
+        while run.iteration < problem.warm_up:
+            trace(run.warm_up())
+            advance(1, "")
+            run.save_if_due()
+    while run.unfinished:
+        run.begin()
+        tier = run.tier
+        with progress.track(f"search {problem.tiers[tier].key}", run.steps[tier], run.step) as advance:
+            while run.tier == tier:
+                trace(run.iterate())
+                advance(1, "")
+                run.save_if_due()
+    run.save()
+    return run.result()
+
+
+def relaxed_evaluator(method: str, evaluator: Evaluator) -> RelaxedEvaluator:
+    """The same evaluator as what a gradient method needs. Raises ConfigError where it is not."""
+    if not hasattr(evaluator, "losses_and_grads"):
+        raise ConfigError(
+            f"method '{method}' needs a {RELAXED} evaluator, and {type(evaluator).__name__} is none; "
+            f"set evaluator: {RELAXED}"
+        )
+    return cast(RelaxedEvaluator, evaluator)
+
+
+class _Search:
+    """The moving parts of one search; all of it that must survive is in `save`."""
+
+    def __init__(
+        self,
+        method: str,
+        problem: SearchProblem,
+        config: GradientSettings,
+        rules: Rules,
+        checkpoint: Checkpoint,
+        clock: Callable[[], float],
+    ) -> None:
+        self.method, self.problem, self.config, self.rules = method, problem, config, rules
+        self.checkpoint, self.clock = checkpoint, clock
+        self.evaluator = relaxed_evaluator(method, problem.evaluator)
+        self.steps = self._steps_per_tier()
+        self.optimiser = AdamSettings(config.learning_rate, config.beta1, config.beta2, config.weight_decay)
+        edges = self.evaluator.edges
+        self.cell_E = _cells([slot.name for slot in edges])
+        choices = [slot.choices for slot in edges]
+        self.valid_EO = _mask(choices, offers_none=True)
+        self.first_mask_EO = _mask(choices, rules.activation.offers_none)
+        self.sizes_E = self.first_mask_EO.sum(axis=1)
+        self.inputs = sha256_json(
+            [method, config.model_dump(mode="json"), problem.seed, problem.sizes]
+            + [problem.evaluations, problem.warm_up]
+            + [tier.to_json() for tier in problem.tiers]
+            + [[slot.name, list(slot.choices)] for slot in edges]
+        )
+        self.state: TierState | None = None
+        self.shared: Arrays = {}
+        self.mixes: list[FloatArray] = []
+        self.visited: dict[Arch, None] = {}
+        self.candidates: dict[Arch, Candidate] = {}
+        self.iteration = self.evaluations = self.step = 0
+        self.bands: BandSampler | None = None
+        self.seconds_before, self.started = 0.0, clock()
+        self.saved = self.started
+
+    def _steps_per_tier(self) -> list[int]:
+        num, least = len(self.problem.tiers), self.config.candidates + 1
+        share, rest = divmod(self.problem.evaluations, num)
+        if share < least:
+            raise ConfigError(
+                f"method '{self.method}': search.evaluations is {self.problem.evaluations}, but a tier needs "
+                f"{least} at least, one minibatch and its {self.config.candidates} candidates; set "
+                f"{num * least} or more"
+            )
+        if num > 1 and self.problem.warm_up == 0:
+            raise ConfigError(
+                f"method '{self.method}': {num} tiers go on from one warm-up and are judged by its weights "
+                "in the end, but search.warm_up is 0; set it higher"
+            )
+        return [share + (k < rest) - self.config.candidates for k in range(num)]
+
+    @property
+    def tier(self) -> int:
+        """The tier that is searched for."""
+        return len(self.mixes)
+
+    @property
+    def unfinished(self) -> bool:
+        return self.tier < len(self.problem.tiers)
+
+    @property
+    def seconds(self) -> float:
+        return self.seconds_before + self.clock() - self.started
+
+    def rng(self, stage: int, *words: int) -> Generator:
+        return np.random.default_rng([self.problem.seed, stage, *words])
+
+    # -------------------------------------------------------------------------------------- before a search
+
+    def find_bands(self) -> None:
+        """Make sure that every tier has architectures. Raises InfeasibleBudget."""
+        self.bands = BandSampler(self.problem, low=BAND, pool_size=POOL)
+
+    def say_if_too_short(self, progress: Progress) -> None:
+        moves = min(self.steps) / (1 if self.rules.pace is None else 1 + self.rules.pace.ratio)
+        reach = self.config.learning_rate * moves
+        if reach < LEAST_REACH:
+            progress.say(
+                f"{self.method}: in about {moves:.0f} steps of {self.config.learning_rate:g} each, what "
+                f"operations weigh can change by {reach:.2g}, too little to decide; raise search.evaluations "
+                f"(it is {self.problem.evaluations}) or method.learning_rate"
+            )
+
+    def first_alpha(self) -> FloatArray:
+        """The same for all tiers, so that they share the warm-up."""
+        return self.rules.activation.start(self.first_mask_EO, self.rng(STAGE_ALPHA))
+
+    def warm_up(self) -> Json:
+        mix_EO = self.rules.activation.mix(self.first_alpha(), self.first_mask_EO)
+        info = self._fit(mix_EO, self.iteration)
+        record: Json = {"iteration": self.iteration, "stage": "warm_up", **_fit_record(info)}
+        self.iteration += 1
+        return record
+
+    def begin(self) -> None:
+        """Set out for the current tier, if that is not done yet."""
+        if self.state is not None:
+            return
+        if len(self.problem.tiers) > 1:
+            if self.tier == 0:
+                self.shared = self.problem.evaluator.state()
+            else:
+                self.problem.evaluator.load_state(self.shared)
+        alpha_EO, mask_EO = self.first_alpha(), self.first_mask_EO
+        moments = adam.start(alpha_EO)
+        memory = self.rules.pull.start(alpha_EO, mask_EO, self.rules.activation)
+        num_limits = len(self.problem.tiers[self.tier].limits)
+        costs = self._costs(self.rules.activation.mix(alpha_EO, mask_EO), moves=0)
+        self.state = TierState(
+            alpha_EO,
+            mask_EO,
+            moments.first,
+            moments.second,
+            np.array(0),
+            np.array(Schedule()),
+            *memory,
+            np.zeros(num_limits),
+            *costs,
+        )
+
+    # ---------------------------------------------------------------------------------------- one minibatch
+
+    def iterate(self) -> Json:
+        """A step of α if the schedule says so, then one of the weights; the tier's last leaves
+        candidates."""
+        at, rules = self.problem.warm_up + self.step, self.rules
+        moves, schedule = self._decide()
+        loss = self._move(at) if moves else None
+        state = self._state
+        info = self._fit(rules.activation.mix(state.alpha_EO, state.mask_EO), at)
+        if rules.pace is not None:
+            schedule = relaxation.observe(schedule, rules.pace, info.grad_sq_norm)
+        alpha_EO, mask_EO = rules.activation.prune(state.alpha_EO, state.mask_EO)
+        self.state = state._replace(alpha_EO=alpha_EO, mask_EO=mask_EO, schedule_2=np.array(schedule))
+        record = self._record(info, loss)
+        self.iteration += 1
+        self.step += 1
+        if self.step == self.steps[self.tier]:
+            self._finish_tier()
+        return {**record, "evaluations": self.evaluations}
+
+    @property
+    def _state(self) -> TierState:
+        assert self.state is not None
+        return self.state
+
+    @property
+    def _mix_EO(self) -> FloatArray:
+        return self.rules.activation.mix(self._state.alpha_EO, self._state.mask_EO)
+
+    def _decide(self) -> tuple[bool, Schedule]:
+        schedule = self._state.schedule
+        return (True, schedule) if self.rules.pace is None else relaxation.decide(schedule, self.rules.pace)
+
+    def _move(self, at: int) -> float:
+        """A step of α; the loss of the mixture it started from."""
+        state, activation = self._state, self.rules.activation
+        moves = int(state.moves)
+        if moves and moves % self.config.cost_every == 0:
+            state = state._replace(**self._costs(self._mix_EO, moves)._asdict())
+        mix_EO = activation.mix(state.alpha_EO, state.mask_EO)
+        loss, gradient_EO = self._loss(mix_EO, at)
+        where = Where(self.step / self.steps[self.tier], moves, self._disc, self.cell_E)
+        _, pull_EO = self.rules.pull.gradient(mix_EO, state.mask_EO, state.memory, where)
+        gradient_EO = gradient_EO + pull_EO
+        pressure_EO, multiplier_L = self._pressure(state, mix_EO, float(np.linalg.norm(gradient_EO)))
+        gradient_EO = activation.pull_back(state.alpha_EO, state.mask_EO, gradient_EO + pressure_EO)
+        moments = Moments(state.first_EO, state.second_EO, moves)
+        alpha_EO, moments = adam.step(state.alpha_EO, gradient_EO, moments, self.optimiser)
+        alpha_EO = np.where(state.mask_EO, alpha_EO, 0.0)
+        where = where._replace(moves=moments.steps)
+        memory = self.rules.pull.remember(state.memory, alpha_EO, state.mask_EO, activation, where)
+        self.state = state._replace(
+            alpha_EO=alpha_EO,
+            first_EO=moments.first,
+            second_EO=moments.second,
+            moves=np.array(moments.steps),
+            target_EO=memory.target_EO,
+            dual_EO=memory.dual_EO,
+            multiplier_L=multiplier_L,
+        )
+        self._visit()
+        return loss
+
+    def _loss(self, mix_EO: FloatArray, at: int) -> tuple[float, FloatArray]:
+        losses_J, gradients_JEO = self.evaluator.losses_and_grads(mix_EO, step=at)
+        self.evaluations += 1
+        if not (math.isfinite(losses_J[0]) and np.isfinite(gradients_JEO[0]).all()):
+            raise self._diverged("loss of the mixture, or its gradient,", float(losses_J[0]))
+        return float(losses_J[0]), gradients_JEO[0]
+
+    def _fit(self, mix_EO: FloatArray, at: int) -> FitInfo:
+        info = self.evaluator.fit(mix_EO, step=at)
+        if not math.isfinite(info.loss):
+            raise self._diverged("training loss", info.loss)
+        return info
+
+    def _diverged(self, what: str, value: float) -> DivergedTraining:
+        return DivergedTraining(
+            f"search step {self.iteration}: the {what} is {value}; the last checkpoint is kept: lower the "
+            "learning rate, or look for broken images"
+        )
+
+    def _disc(self, values_EO: FloatArray, mask_EO: Mask) -> FloatArray:
+        """Disc(·) by the space's own rule."""
+        arch = self.evaluator.discretise(relaxation.above_zero(values_EO, mask_EO))
+        return np.where(mask_EO, self.evaluator.mix_of(arch), 0.0)
+
+    def _visit(self) -> None:
+        """Remember the architecture that the mixture stands for, the latest last."""
+        arch = self.problem.space.canonical(self.evaluator.discretise(self._mix_EO))
+        self.visited.pop(arch, None)
+        self.visited[arch] = None
+
+    # ---------------------------------------------------------------------------------------- expected cost
+
+    def _pressure(self, state: TierState, mix_EO: FloatArray, length: float) -> tuple[FloatArray, FloatArray]:
+        """The limits' part of the gradient by the mixture, the rest of which has this length, and the
+        multipliers after this step."""
+        cost_L, gradient_LEO = relaxation.expected_cost(state.costs, mix_EO)
+        excess_L = np.clip(np.log(np.maximum(cost_L, 1e-12) / self._limits), -1.0, 1.0)
+        strength_L = np.maximum(state.multiplier_L + self.config.damping * excess_L, 0.0)
+        norm_L = np.linalg.norm(gradient_LEO, axis=(1, 2))
+        scale_L = np.divide(length * strength_L, norm_L, out=np.zeros_like(norm_L), where=norm_L > 0)
+        rate = self.config.pressure_rate * self.config.learning_rate
+        multiplier_L = np.maximum(state.multiplier_L + rate * excess_L, 0.0)
+        return (scale_L[:, None, None] * gradient_LEO).sum(axis=0), multiplier_L
+
+    @property
+    def _limits(self) -> FloatArray:
+        return np.array([limit.value for limit in self.problem.tiers[self.tier].limits])
+
+    def _costs(self, mix_EO: FloatArray, moves: int) -> LinearCost:
+        """Exact where the table is additive over the edges, else fitted around this mixture."""
+        tier = self.problem.tiers[self.tier]
+        exact = self._additive(tier)
+        if exact is not None:
+            return exact
+        rng, num = self.rng(STAGE_COSTS, self.tier, moves), self.config.cost_samples // 2
+        live_EO = np.asarray(mix_EO > 0, dtype=float)
+        drawn, others = ([self._draw(x_EO, 1.0, rng) for _ in range(num)] for x_EO in (mix_EO, live_EO))
+        return relaxation.fit_linear_cost(
+            mix_EO,
+            np.stack([self.evaluator.mix_of(arch) for arch in drawn]),
+            self._costs_of(tier, drawn),
+            np.stack([self.evaluator.mix_of(arch) for arch in others]),
+            self._costs_of(tier, others),
+        )
+
+    def _additive(self, tier: Tier) -> LinearCost | None:
+        table = self.problem.costs[tier.device]
+        if table.additive is None or not self._edges_are_slots:
+            return None
+        rows = [table.metrics.index(limit.metric) for limit in tier.limits]
+        weight_LEO = np.nan_to_num(table.additive[rows])
+        return LinearCost(np.zeros(len(rows)), weight_LEO, np.ones(weight_LEO.shape[1:]))
+
+    @property
+    def _edges_are_slots(self) -> bool:
+        return tuple(self.evaluator.edges) == tuple(self.problem.space.slots)
+
+    def _costs_of(self, tier: Tier, archs: Iterable[Arch]) -> FloatArray:
+        """Shape (N, L)."""
+        table = self.problem.costs[tier.device]
+        costs_NM = table.of([self.problem.space.canonical(arch) for arch in archs])
+        return costs_NM[:, [table.metrics.index(limit.metric) for limit in tier.limits]]
+
+    def _draw(self, mix_EO: FloatArray, temperature: float, rng: Generator) -> Arch:
+        return self.evaluator.discretise(relaxation.perturbed(mix_EO, temperature, rng))
+
+    # ------------------------------------------------------------------------------------- the end of a tier
+
+    def _finish_tier(self) -> None:
+        """Ask for the candidates' losses, and set out for the next tier."""
+        archs = self._choose()
+        step = self.problem.warm_up + self.step
+        losses_N = self.problem.evaluator.losses(archs, step=step)[:, 0].astype(float)
+        for arch, loss in zip(archs, losses_N.tolist(), strict=True):
+            if not math.isfinite(loss):
+                raise self._diverged(f"loss of {arch.space}{list(arch.choices)}", loss)
+            seen = self.candidates[arch].evaluations if arch in self.candidates else 0
+            self.candidates[arch] = Candidate(arch, loss, seen + 1)
+        self.evaluations += len(archs)
+        self.mixes.append(self._mix_EO)
+        self.state, self.visited, self.step = None, {}, 0
+        if self.shared and not self.unfinished:
+            self.problem.evaluator.load_state(self.shared)
+
+    def _choose(self) -> list[Arch]:
+        """What the mixture stands for now, then what keeps the budget beside it, then what it stood
+        for."""
+        num = self.config.candidates
+        self._visit()
+        now, *before = reversed(self.visited)
+        near = self._within_budget(self._mix_EO, num)
+        keeping = near[: max(1, num - 1 - min(len(before), num // 2))]
+        ordered = [now, *keeping, *before] if num > 1 else keeping
+        return list(dict.fromkeys(ordered))[:num]
+
+    def _within_budget(self, mix_EO: FloatArray, num: int) -> list[Arch]:
+        """Distinct architectures that keep the tier's budget, those that use it first, each group in the
+        order of how far the mixture had to be perturbed; of its band where none was found."""
+        rng, k = self.rng(STAGE_CANDIDATES, self.tier), self.tier
+        mix_EO = mix_EO + SECOND_CHANCE * max(mix_EO.max(), SECOND_CHANCE) * self.valid_EO
+        found: dict[Arch, float] = {}
+        for temperature in TEMPERATURES:
+            drawn = [self._draw(mix_EO, temperature, rng) for _ in range(4 * num)]
+            archs = list(dict.fromkeys(self.problem.space.canonical(arch) for arch in drawn))
+            usage_N = self.problem.usage(archs)[:, k]
+            found |= {a: float(u) for a, u in zip(archs, usage_N, strict=True) if u <= 1 and a not in found}
+            if sum(usage >= BAND for usage in found.values()) >= num:
+                break
+        if not found:
+            assert self.bands is not None, "found before anything is trained"
+            found = dict.fromkeys(self.problem.archs(self.bands.draw_of([k] * num, rng)), 1.0)
+        return sorted(found, key=lambda arch: found[arch] < BAND)[:num]
+
+    # -------------------------------------------------------------------------------------- for people
+
+    def _record(self, info: FitInfo, loss: float | None) -> Json:
+        """Of one minibatch; the tier's part has the loss of the mixture where α moved."""
+        state, tier, mix_EO = self._state, self.problem.tiers[self.tier], self._mix_EO
+        cost_L, _ = relaxation.expected_cost(state.costs, mix_EO)
+        metrics = [limit.metric for limit in tier.limits]
+        own: Json = {
+            "tier": tier.key,
+            "usage": float(np.max(cost_L / self._limits)),
+            "cost": dict(zip(metrics, cost_L.tolist(), strict=True)),
+            "multiplier": dict(zip(metrics, state.multiplier_L.tolist(), strict=True)),
+            "entropy": relaxation.entropy(mix_EO, self.sizes_E),
+            "operations": int((mix_EO > 0).sum()),
+            "choices": list(next(reversed(self.visited)).choices) if self.visited else None,
+        }
+        if loss is not None:
+            own["loss"] = loss
+        record: Json = {"iteration": self.iteration, "stage": "search", **_fit_record(info)}
+        if self.rules.pace is not None:
+            smoothed, threshold = state.schedule
+            record |= {"smoothed_grad_sq_norm": smoothed, "tau": threshold}
+        return {**record, "tiers": [own]}
+
+    # ------------------------------------------------------------------------------------------ checkpoints
+
+    def save_if_due(self) -> None:
+        if self.clock() - self.saved >= self.problem.save_every_s:
+            self.save()
+
+    def save(self) -> None:
+        kept = list(self.candidates.values())
+        slots = len(self.problem.sizes)
+        arrays: Arrays = {
+            "candidates.choices": _rows([candidate.arch for candidate in kept], slots),
+            "candidates.loss": np.array([candidate.loss for candidate in kept], dtype=float),
+            "candidates.evaluations": np.array([candidate.evaluations for candidate in kept], dtype=np.int64),
+            "visited": _rows(self.visited, slots),
+            "mixes": np.array(self.mixes).reshape(len(self.mixes), *self.first_mask_EO.shape),
+        }
+        if self.state is not None:
+            arrays |= _labelled("tier.", self.state._asdict())
+        arrays |= _labelled("shared.", self.shared)
+        arrays |= _labelled("evaluator.", self.problem.evaluator.state())
+        counts = {
+            name: getattr(self, name) for name in ("method", "inputs", "iteration", "evaluations", "step")
+        }
+        self.checkpoint.save(arrays, {**counts, "seconds": self.seconds})
+        self.saved = self.clock()
+
+    def resume(self) -> None:
+        loaded = self.checkpoint.load()
+        if loaded is None:
+            return
+        arrays, record = loaded
+        if record.get("inputs") != self.inputs:
+            raise StaleArtifact(
+                f"search: the checkpoint is of another search ({record.get('method')}) than "
+                f"{self.method} with these settings, tiers and seed; remove it, or choose another --out"
+            )
+        state = _under("tier.", arrays)
+        self.state = TierState(**state) if state else None
+        self.shared = _under("shared.", arrays)
+        self.problem.evaluator.load_state(_under("evaluator.", arrays))
+        self.mixes = list(arrays["mixes"])
+        self.visited = dict.fromkeys(self._archs(arrays["visited"]))
+        columns = (arrays[f"candidates.{name}"].tolist() for name in ("loss", "evaluations"))
+        for arch, loss, count in zip(self._archs(arrays["candidates.choices"]), *columns, strict=True):
+            self.candidates[arch] = Candidate(arch, loss, count)
+        self.iteration, self.evaluations = int(record["iteration"]), int(record["evaluations"])
+        self.step, self.seconds_before = int(record["step"]), float(record["seconds"])
+
+    def _archs(self, choices_NS: NDArray[Any]) -> list[Arch]:
+        return [Arch(self.problem.space.name, tuple(row)) for row in choices_NS.tolist()]
+
+    def result(self) -> SearchResult:
+        return SearchResult(
+            method=self.method,
+            seed=self.problem.seed,
+            evaluations=self.evaluations,
+            seconds=self.seconds,
+            candidates=tuple(self.candidates.values()),
+            theta_KSC=np.stack([self._theta(mix) for mix in self.mixes]) if self._edges_are_slots else None,
+        )
+
+    def _theta(self, mix_EO: FloatArray) -> FloatArray:
+        """The mixture's shares; an edge without any weight chooses what the space makes of that."""
+        decided_EO = self.evaluator.mix_of(self.evaluator.discretise(mix_EO))
+        return np.where((mix_EO > 0).any(axis=1, keepdims=True), relaxation.shares(mix_EO), decided_EO)
+
+
+def _mask(choices: list[tuple[str, ...]], offers_none: bool) -> Mask:
+    """Where a mixture may have weight at first."""
+    mask_EO = np.zeros((len(choices), max(map(len, choices))), dtype=bool)
+    for row, names in enumerate(choices):
+        mask_EO[row, : len(names)] = [offers_none or name != NONE for name in names]
+    return mask_EO
+
+
+def _cells(names: list[str]) -> IntArray:
+    """Edges whose names begin with the same word are of one cell: `normal2.0`, `normal2.1`,
+    `reduce2.0`."""
+    words = ["".join(letter for letter in name.split(".")[0] if letter.isalpha()) for name in names]
+    return np.array([sorted(set(words)).index(word) for word in words], dtype=np.int64)
+
+
+def _fit_record(info: FitInfo) -> Json:
+    return {"fit_loss": info.loss, "grad_sq_norm": info.grad_sq_norm}
+
+
+def _rows(archs: Iterable[Arch], num_slots: int) -> NDArray[np.int64]:
+    rows = [arch.choices for arch in archs]
+    return np.array(rows, dtype=np.int64).reshape(len(rows), num_slots)
+
+
+def _labelled(prefix: str, arrays: dict[str, Any]) -> Arrays:
+    return {f"{prefix}{name}": np.asarray(value) for name, value in arrays.items()}
+
+
+def _under(prefix: str, arrays: Arrays) -> Arrays:
+    return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}

@@ -1,0 +1,765 @@
+"""DARTS's normal and reduction cells in their macro network (Liu, Simonyan, Yang 2018, arXiv
+1806.09055), and the ENAS-style cell (Pham et al. 2018, arXiv 1802.03268) that ASNG searched (Akimoto et
+al. 2019, arXiv 1905.08537).
+
+A cell reads the outputs of the two cells before it (values 0 and 1, brought to its own width by
+ReLU-Conv1×1-BN, and to its own size where the older one is larger) and makes nodes (values 2, 3, …); a
+node is the sum of two operations on earlier values. Convolutions are ReLU-Conv-BN: `sep` is depthwise
+and pointwise, twice; `dil` once, dilated by 2. In a reduction cell what reads values 0 and 1 has stride
+2, a `skip` there is two 1×1 convolutions that halve the size between them. `layers` cells are stacked,
+the ones at 1/3 and 2/3 reduce and double the width.
+
+`darts`: the inputs of a node differ, all nodes together are the output. One slot holds both inputs, so
+that every combination of choices is a network. `enas`: inputs are chosen apart and may be equal, an
+operation that is chosen twice is worked out once and counts twice, and the output is a 1×1 convolution
+of the nodes that no node reads.
+
+What is not needed vanishes from the built network, its layers and its ONNX file: what `none` leaves
+without a path, the nodes and cells that are zero or that nobody reads, and the channels of later
+convolutions that would read them. So costs are no sum over slots. A network without any path answers the
+same for every image. Members that are isomorphic stay apart, as they do in `nb201`.
+
+Otherwise than in the papers: images of 56 pixels and more are made smaller by a longer stem, down to 28
+to 55 (DARTS does so for ImageNet, with narrower convolutions); odd sizes are rounded up; average pools
+leave the border out in `enas` too; the auxiliary head's pool is fitted to the feature map's size (the
+published one at 8 and 7).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, lru_cache, reduce
+from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+from pydantic import Field
+
+from pipeline.errors import ConfigError
+from pipeline.settings import Settings
+from pipeline.types import Arch, FloatArray, Json, Layer, Slot
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pipeline.spaces.cell_modules import CellMixture, CellSupernet
+
+NAME = "cell"
+KINDS = ("normal", "reduce")
+NORMAL, REDUCE = range(len(KINDS))
+FIRST_NODE = 2
+"""Values 0 and 1 are the cell's inputs."""
+STEM_MULTIPLIER = 3
+NONE, SKIP = "none", "skip"
+POOLS = ("max3", "avg3")
+POOL_KERNEL = 3
+
+
+class Convolution(NamedTuple):
+    """Depthwise and pointwise, `repeats` times; the stride is that of the first."""
+
+    kernel: int
+    dilation: int
+    repeats: int
+
+
+CONVOLUTIONS = {
+    "sep3": Convolution(3, 1, 2),
+    "sep5": Convolution(5, 1, 2),
+    "dil3": Convolution(3, 2, 1),
+    "dil5": Convolution(5, 2, 1),
+}
+
+Choices = tuple[int, ...]
+V = TypeVar("V")
+
+
+class CellSettings(Settings):
+    variant: Literal["darts", "enas"] = "darts"
+    nodes: int | None = Field(None, ge=1, le=12, description="per cell; by default 4 (darts) or 5 (enas)")
+    channels: int = Field(16, ge=1, le=1024, description="width of a node in the first cells, C")
+    layers: int = Field(8, ge=3, le=100, description="cells")
+    auxiliary: float = Field(
+        0.0,
+        ge=0,
+        le=10,
+        description="weight of the auxiliary head's loss in training (published: 0.4); 0: none",
+    )
+    drop_path: float = Field(
+        0.0, ge=0, lt=1, description="rate at the end of training at which operations are dropped"
+    )
+    mixed_norm: Literal["none", "pools", "nodes"] = Field(
+        "none",
+        description="batch norm without scale and shift in the mixed supernet alone: after pools as DARTS "
+        "has it, or on every node's sum as DARTS-PRIME does",
+    )
+
+
+# ------------------------------------------------------------------------------------- what choices stand for
+
+
+class Pair(NamedTuple):
+    """What a node takes in: an earlier value, and an operation on it."""
+
+    source: int
+    operation: str
+
+
+Incoming = tuple[Pair, ...]
+Genotype = tuple[tuple[Incoming, ...], ...]
+"""Per kind of cell, per node; `none` is left out."""
+
+
+class Variant(Protocol):
+    """How a node is chosen. All nodes take the same number of choices, `width`."""
+
+    operations: tuple[str, ...]
+    nodes: int
+    width: int
+    loose_ends: bool
+    """Whether the output is a convolution of the nodes that nobody reads; else it is all nodes."""
+
+    def slots(self, name: str, node: int) -> tuple[Slot, ...]: ...
+    def decode(self, node: int, choices: Choices) -> Incoming: ...
+    def encode(self, node: int, incoming: Incoming) -> Choices:
+        """The choices of a node that takes this in; all 0 for one that takes in nothing."""
+        ...
+
+    def thinnest(self, node: int, first: Pair) -> Incoming:
+        """The node in the cheapest cell that has `first` as its only way in."""
+        ...
+
+
+class Darts:
+    operations: tuple[str, ...] = (NONE, SKIP, "max3", "avg3", "sep3", "sep5", "dil3", "dil5")
+    nodes = 4
+    width = 3
+    loose_ends = False
+
+    def slots(self, name: str, node: int) -> tuple[Slot, ...]:
+        inputs = tuple(f"{low},{high}" for low, high in _two_of(node))
+        return (
+            Slot(f"{name}.inputs", inputs),
+            Slot(f"{name}.first", self.operations),
+            Slot(f"{name}.second", self.operations),
+        )
+
+    def decode(self, node: int, choices: Choices) -> Incoming:
+        inputs, *operations = choices
+        named = [self.operations[operation] for operation in operations]
+        pairs = (Pair(*pair) for pair in zip(_two_of(node)[inputs], named, strict=True))
+        return tuple(pair for pair in pairs if pair.operation != NONE)
+
+    def encode(self, node: int, incoming: Incoming) -> Choices:
+        """An input that brings nothing is the first that is free."""
+        by_source = {source: self.operations.index(operation) for source, operation in incoming}
+        free = (source for source in range(node) if source not in by_source)
+        low, high = sorted([*by_source, *free][:2])
+        return _two_of(node).index((low, high)), by_source.get(low, 0), by_source.get(high, 0)
+
+    def thinnest(self, node: int, first: Pair) -> Incoming:
+        return (first,) if node == FIRST_NODE else ()
+
+
+class Enas:
+    operations: tuple[str, ...] = (SKIP, "avg3", "max3", "sep3", "sep5")
+    nodes = 5
+    width = 4
+    loose_ends = True
+
+    def slots(self, name: str, node: int) -> tuple[Slot, ...]:
+        inputs = tuple(map(str, range(node)))
+        return (
+            Slot(f"{name}.input_a", inputs),
+            Slot(f"{name}.operation_a", self.operations),
+            Slot(f"{name}.input_b", inputs),
+            Slot(f"{name}.operation_b", self.operations),
+        )
+
+    def decode(self, node: int, choices: Choices) -> Incoming:
+        input_a, operation_a, input_b, operation_b = choices
+        return Pair(input_a, self.operations[operation_a]), Pair(input_b, self.operations[operation_b])
+
+    def encode(self, node: int, incoming: Incoming) -> Choices:
+        chosen = sorted((source, self.operations.index(operation)) for source, operation in incoming)
+        return tuple(itertools.chain.from_iterable(chosen)) or (0,) * self.width
+
+    def thinnest(self, node: int, first: Pair) -> Incoming:
+        return (first if node == FIRST_NODE else Pair(node - 1, SKIP),) * 2
+
+
+VARIANTS: dict[str, Variant] = {"darts": Darts(), "enas": Enas()}
+
+
+@lru_cache
+def _two_of(values: int) -> tuple[tuple[int, int], ...]:
+    return tuple(itertools.combinations(range(values), 2))
+
+
+# ----------------------------------------------------------------------------------------- what is worked out
+
+
+class Position(NamedTuple):
+    """A place in the stack. `sizes` are the pixels per side of the outputs it reads, the older one
+    first."""
+
+    kind: int
+    width: int
+    sizes: tuple[int, int]
+
+    @property
+    def size_out(self) -> int:
+        return -(-self.sizes[1] // 2) if self.kind == REDUCE else self.sizes[1]
+
+    def stride(self, source: int) -> int:
+        return 2 if self.kind == REDUCE and source < FIRST_NODE else 1
+
+    def halves(self, source: int) -> bool:
+        """Whether an input is larger than the cell and has to be halved on its way in."""
+        return self.sizes[source] != self.sizes[1]
+
+
+class CellPlan(NamedTuple):
+    """What is worked out of a cell: per node what it takes in (nothing: it is zero), and its output's
+    nodes."""
+
+    nodes: tuple[Incoming, ...]
+    outputs: tuple[int, ...]
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """The inputs that are read."""
+        sources = {source for incoming in self.nodes for source, _ in incoming}
+        return tuple(source for source in range(FIRST_NODE) if source in sources)
+
+
+Plan = tuple[CellPlan | None, ...]
+"""Per place; None where a cell is zero or nobody reads it, and everywhere when the network has no
+path."""
+
+
+def make_plan(genotype: Genotype, kinds: Sequence[int], loose_ends: bool) -> Plan:
+    """The live part of a network: from the stem on what is not zero, and of that what reaches the
+    end."""
+    cells: list[CellPlan | None] = []
+    reached = (True, True)
+    for kind in kinds:
+        cells.append(_reached(genotype[kind], reached, loose_ends))
+        reached = (reached[1], cells[-1] is not None)
+    wanted = {len(cells) - 1}
+    for place in reversed(range(len(cells))):
+        cell = cells[place]
+        if place not in wanted:
+            cells[place] = None
+        elif cell is not None:
+            wanted |= {place - FIRST_NODE + source for source in cell.reads}
+    return tuple(cells)
+
+
+def _reached(nodes: Sequence[Incoming], inputs: tuple[bool, bool], loose_ends: bool) -> CellPlan | None:
+    alive, live = list(inputs), []
+    for incoming in nodes:
+        live.append(tuple(pair for pair in incoming if alive[pair.source]))
+        alive.append(bool(live[-1]))
+    read = {source for incoming in live for source, _ in incoming} if loose_ends else set()
+    outputs = tuple(node for node, incoming in enumerate(live, FIRST_NODE) if incoming and node not in read)
+    return CellPlan(tuple(live), outputs) if outputs else None
+
+
+class Operators(Protocol[V]):
+    """What is done without weights, whatever values are: tensors, or operators that are written down."""
+
+    def rectify(self, x: V) -> V: ...
+    def pool(self, x: V, operation: str, stride: int) -> V: ...
+    def join(self, values: Sequence[V]) -> V:
+        """Their sum."""
+        ...
+
+    def concatenate(self, values: Sequence[V]) -> V: ...
+
+
+class Node(Generic[V]):
+    """A value, and what more than one operation may want of it."""
+
+    def __init__(self, value: V, operators: Operators[V]) -> None:
+        self.value = value
+        self._operators = operators
+        self._pooled: dict[str, V] = {}
+
+    @cached_property
+    def rectified(self) -> V:
+        return self._operators.rectify(self.value)
+
+    def pooled(self, operation: str, stride: int) -> V:
+        """Every value is pooled at one stride."""
+        if operation not in self._pooled:
+            self._pooled[operation] = self._operators.pool(self.value, operation, stride)
+        return self._pooled[operation]
+
+
+def run_network(
+    plan: Plan, stem: V, operators: Operators[V], cell: Callable[[int, Mapping[int, V]], V]
+) -> Iterator[tuple[int, V]]:
+    """Place and output of every live cell, in order. `cell(place, inputs)` takes rectified inputs."""
+    older: Node[V] | None = Node(stem, operators)
+    newer = older
+    for place, live in enumerate(plan):
+        made: Node[V] | None = None
+        if live is not None:
+            inputs = {}
+            for source in live.reads:
+                node = (older, newer)[source]
+                assert node is not None, "what is read is alive"
+                inputs[source] = node.rectified
+            made = Node(cell(place, inputs), operators)
+            yield place, made.value
+        older, newer = newer, made
+
+
+def run_cell(
+    plan: CellPlan,
+    inputs: Mapping[int, V],
+    operators: Operators[V],
+    edge: Callable[[int, Pair, Node[V]], V],
+) -> V:
+    """A cell's nodes side by side. `edge(node, pair, source)` is what a pair brings to a node."""
+    nodes = {source: Node(value, operators) for source, value in inputs.items()}
+    for node, incoming in enumerate(plan.nodes, FIRST_NODE):
+        if incoming:
+            brought = {pair: edge(node, pair, nodes[pair.source]) for pair in dict.fromkeys(incoming)}
+            nodes[node] = Node(operators.join([brought[pair] for pair in incoming]), operators)
+    return operators.concatenate([nodes[node].value for node in plan.outputs])
+
+
+def has_weights(operation: str, stride: int) -> bool:
+    return operation in CONVOLUTIONS or (operation == SKIP and stride > 1)
+
+
+def operate(operation: str, source: Node[V], stride: int, weighted: Callable[[V], V]) -> V:
+    """What an operation makes of a value; `weighted` is its part with weights, which takes rectified
+    values."""
+    if has_weights(operation, stride):
+        return weighted(source.rectified)
+    return source.value if operation == SKIP else source.pooled(operation, stride)
+
+
+# -------------------------------------------------------------------------------------------------- the space
+
+
+class CellSpace:
+    """The space for one input. Implements `pipeline.spaces.base.RelaxedSpace`; mixtures are for `darts`
+    alone, since in `enas` the architecture decides which nodes the output is made of."""
+
+    name = NAME
+
+    def __init__(
+        self, image_shape: tuple[int, int, int], num_classes: int, settings: CellSettings | None = None
+    ) -> None:
+        height, width = image_shape[1:]
+        if height != width or height < 8:
+            raise ConfigError(
+                f"space cell takes square images of 8×8 pixels or more, not {height}×{width}; "
+                "set data image_size"
+            )
+        self.settings = settings or CellSettings()
+        self.image_shape = image_shape
+        self.num_classes = num_classes
+        self.variant = VARIANTS[self.settings.variant]
+        self.num_nodes = self.settings.nodes or self.variant.nodes
+        self.nodes = range(FIRST_NODE, FIRST_NODE + self.num_nodes)
+        self.stem_width = STEM_MULTIPLIER * self.settings.channels
+        self.stem_strides = stem_strides(height)
+        self.positions = tuple(self._stack())
+        self.slots = tuple(
+            itertools.chain.from_iterable(
+                self.variant.slots(f"{kind}{node}", node) for kind in KINDS for node in self.nodes
+            )
+        )
+        self._plan = lru_cache(maxsize=4096)(self._make_plan)
+        self._layers = lru_cache(maxsize=4096)(self._list_layers)
+        self._canonical = lru_cache(maxsize=65536)(self._settle)
+
+    def _stack(self) -> Iterator[Position]:
+        layers, width = self.settings.layers, self.settings.channels
+        older = newer = reduce(
+            lambda size, stride: -(-size // stride), self.stem_strides, self.image_shape[1]
+        )
+        for place in range(layers):
+            kind = REDUCE if place in (layers // 3, 2 * layers // 3) else NORMAL
+            width *= 2 if kind == REDUCE else 1
+            position = Position(kind, width, (older, newer))
+            yield position
+            older, newer = newer, position.size_out
+
+    # ------------------------------------------------------------------------------------------ architectures
+
+    def genotype(self, arch: Arch) -> Genotype:
+        """Per kind and node what is taken in, dead or alive."""
+        self._check(arch)
+        return self._decode(arch.choices)
+
+    def arch(self, genotype: Genotype) -> Arch:
+        """The architecture of a genotype, in canonical form."""
+        return self.canonical(Arch(NAME, self._encode(genotype)))
+
+    def _decode(self, choices: Choices) -> Genotype:
+        width = self.variant.width
+        parts = [choices[start : start + width] for start in range(0, len(choices), width)]
+        incoming = [
+            self.variant.decode(node, part)
+            for part, node in zip(parts, itertools.cycle(self.nodes), strict=False)
+        ]
+        return tuple(incoming[: self.num_nodes]), tuple(incoming[self.num_nodes :])
+
+    def _encode(self, genotype: Genotype) -> Choices:
+        return tuple(
+            choice
+            for cell in genotype
+            for node, incoming in zip(self.nodes, cell, strict=True)
+            for choice in self.variant.encode(node, incoming)
+        )
+
+    def canonical(self, arch: Arch) -> Arch:
+        """Inputs in order; what is dead in all cells of a kind is 0: `none`, and the first inputs."""
+        self._check(arch)
+        return Arch(NAME, self._canonical(arch.choices))
+
+    def _settle(self, choices: Choices) -> Choices:
+        genotype = self._decode(choices)
+        used: list[set[tuple[int, Pair]]] = [set(), set()]
+        for position, cell in zip(self.positions, self._plan(genotype), strict=True):
+            for node, incoming in enumerate(cell.nodes if cell else ()):
+                used[position.kind].update((node, pair) for pair in incoming)
+        return self._encode(
+            tuple(
+                tuple(
+                    tuple(pair for pair in incoming if (node, pair) in used[kind])
+                    for node, incoming in enumerate(cell)
+                )
+                for kind, cell in enumerate(genotype)
+            )
+        )
+
+    def _check(self, arch: Arch) -> None:
+        fits = len(arch.choices) == len(self.slots) and all(
+            0 <= choice < len(slot.choices) for choice, slot in zip(arch.choices, self.slots, strict=True)
+        )
+        if arch.space != NAME or not fits:
+            raise ConfigError(
+                f"architecture {arch.space}{list(arch.choices)} is not of space cell with slots of "
+                f"{[len(slot.choices) for slot in self.slots]}; was it made with other space settings?"
+            )
+
+    def uniform(self) -> Iterator[Arch]:
+        """One operation everywhere; every node reads both inputs of its cell."""
+        for operation in self.variant.operations:
+            if operation != NONE:
+                yield self.arch((((Pair(0, operation), Pair(1, operation)),) * self.num_nodes,) * len(KINDS))
+
+    @cached_property
+    def largest(self) -> Arch:
+        """5×5 separable convolutions everywhere, on both inputs; in `enas` this leaves all ends
+        loose."""
+        pairs = (Pair(0, "sep5"), Pair(1, "sep5"))
+        return self.arch(((pairs,) * self.num_nodes,) * len(KINDS))
+
+    @cached_property
+    def smallest(self) -> Arch:
+        """The cheapest network with a path: no convolutions but those around the cells."""
+        thin = [
+            self.arch(
+                tuple(
+                    tuple(self.variant.thinnest(node, Pair(source, operation)) for node in self.nodes)
+                    for source, operation in zip(sources, (SKIP, "max3"), strict=True)
+                )
+            )
+            for sources in itertools.product(range(FIRST_NODE), repeat=len(KINDS))
+        ]
+        return min(thin, key=lambda arch: (sum(layer.macs for layer in self.layers(arch)), arch))
+
+    def describe(self, arch: Arch) -> Json:
+        """Kind and node → operations, each with the value it reads; what is dead is left out."""
+        genotype = self._decode(self.canonical(arch).choices)
+        return {
+            f"{KINDS[kind]}{node}": " + ".join(f"{pair.operation}({pair.source})" for pair in incoming)
+            or NONE
+            for kind, cell in enumerate(genotype)
+            for node, incoming in zip(self.nodes, cell, strict=True)
+        }
+
+    def fingerprint(self) -> Json:
+        return {
+            "space": NAME,
+            "image_shape": list(self.image_shape),
+            "num_classes": self.num_classes,
+            **self.settings.model_dump(mode="json", exclude={"mixed_norm"}),
+            **({} if self.settings.mixed_norm == "none" else {"mixed_norm": self.settings.mixed_norm}),
+            "nodes": self.num_nodes,
+            "version": 1,
+        }
+
+    # ----------------------------------------------------------------------------------------------- networks
+
+    def plan(self, arch: Arch) -> Plan:
+        """What is worked out of an architecture."""
+        return self._plan(self._decode(self.canonical(arch).choices))
+
+    def plan_of(self, genotype: Genotype) -> Plan:
+        """What is worked out when nodes take in any number of pairs."""
+        return self._plan(genotype)
+
+    def _make_plan(self, genotype: Genotype) -> Plan:
+        kinds = [position.kind for position in self.positions]
+        return make_plan(genotype, kinds, self.variant.loose_ends)
+
+    @cached_property
+    def everything(self) -> Plan:
+        """All operations on all values, and all nodes in the output."""
+        operations = [operation for operation in self.variant.operations if operation != NONE]
+        nodes = tuple(
+            tuple(Pair(source, operation) for source in range(node) for operation in operations)
+            for node in self.nodes
+        )
+        return (CellPlan(nodes, tuple(self.nodes)),) * len(self.positions)
+
+    def layers(self, arch: Arch) -> tuple[Layer, ...]:
+        return self._layers(self.plan(arch))
+
+    def _list_layers(self, plan: Plan) -> tuple[Layer, ...]:
+        trace = _Trace()
+        stem = trace.stem(self.image_shape, self.stem_width, self.stem_strides)
+
+        def cell(place: int, inputs: Mapping[int, _Value]) -> _Value:
+            live = plan[place]
+            assert live is not None
+            return trace.cell(self.positions[place], live, inputs, self.variant.loose_ends)
+
+        outputs = [output for _, output in run_network(plan, stem, trace, cell)]
+        trace.classify(outputs[-1] if outputs else trace.zero(stem), self.num_classes)
+        return trace.layers()
+
+    def build(self, arch: Arch) -> nn.Module:
+        from pipeline.spaces.cell_modules import CellNetwork
+
+        return CellNetwork(self, arch)
+
+    def supernet(self) -> CellSupernet:
+        from pipeline.spaces.cell_modules import CellSupernet
+
+        return CellSupernet(self)
+
+    # ----------------------------------------------------------------------------------------------- mixtures
+
+    @cached_property
+    def edges(self) -> tuple[Slot, ...]:
+        """Every value that a node may read, node by node, first of the normal, then of the reduction
+        cell. Raises ConfigError for `enas`."""
+        self._check_relaxed()
+        return tuple(
+            Slot(f"{KINDS[kind]}{node}.{source}", self.variant.operations) for kind, node, source in self.rows
+        )
+
+    @cached_property
+    def rows(self) -> dict[tuple[int, int, int], int]:
+        """Kind, node and the value it reads → row of a mixture."""
+        triples = [
+            (kind, node, source)
+            for kind in range(len(KINDS))
+            for node in self.nodes
+            for source in range(node)
+        ]
+        return {triple: row for row, triple in enumerate(triples)}
+
+    def _check_relaxed(self) -> None:
+        if self.variant.loose_ends:
+            raise ConfigError(
+                "space cell has no mixtures in its variant 'enas', where the architecture decides which "
+                "nodes make the output; set space.variant to darts, or take a method that samples"
+            )
+
+    def mixed_supernet(self) -> CellMixture:
+        """Raises ConfigError for `enas`."""
+        from pipeline.spaces.cell_modules import CellMixture
+
+        self._check_relaxed()
+        return CellMixture(self)
+
+    def discretise(self, mix_EO: FloatArray) -> Arch:
+        """DARTS's rule: per node the two values whose best operation (`none` does not compete) weighs
+        most, with that operation; where it weighs nothing there is none. Of equals the first is
+        taken."""
+        self._check_relaxed()
+        shape = (len(self.rows), len(self.variant.operations))
+        assert mix_EO.shape == shape, f"a mixture of shape {mix_EO.shape}, not {shape}"
+        some = [op for op, name in enumerate(self.variant.operations) if name != NONE]
+        best_E = np.asarray(some)[mix_EO[:, some].argmax(axis=1)]
+        weight_E = mix_EO[:, some].max(axis=1)
+
+        def incoming(kind: int, node: int) -> Incoming:
+            rows = [self.rows[kind, node, source] for source in range(node)]
+            strongest = sorted(range(node), key=lambda source: -weight_E[rows[source]])[:2]
+            return tuple(
+                Pair(source, self.variant.operations[best_E[rows[source]]])
+                for source in sorted(strongest)
+                if weight_E[rows[source]] > 0
+            )
+
+        return self.arch(
+            tuple(tuple(incoming(kind, node) for node in self.nodes) for kind in range(len(KINDS)))
+        )
+
+    def mix_of(self, arch: Arch) -> FloatArray:
+        """1 for every live pair, 0 on all other edges. Raises ConfigError for `enas`."""
+        self._check_relaxed()
+        mix_EO = np.zeros((len(self.rows), len(self.variant.operations)))
+        for kind, cell in enumerate(self._decode(self.canonical(arch).choices)):
+            for node, incoming in zip(self.nodes, cell, strict=True):
+                for source, operation in incoming:
+                    mix_EO[self.rows[kind, node, source], self.variant.operations.index(operation)] = 1.0
+        return mix_EO
+
+
+def stem_strides(image_size: int) -> tuple[int, ...]:
+    """Strides of the stem's convolutions, so that the first cell sees 28 to 55 pixels, or all there are.
+
+    >>> stem_strides(32), stem_strides(64), stem_strides(224)
+    ((1,), (2,), (2, 2, 2))
+    """
+    return (2,) * max(0, int(math.log2(image_size / 28))) or (1,)
+
+
+# ------------------------------------------------------------------------------------------------- its layers
+
+
+_layer = lru_cache(maxsize=4096)(Layer)
+"""Networks repeat their operators hundreds of times; each is kept once."""
+
+
+class _Value(NamedTuple):
+    """A feature map: the number of its operator (−1 for the images), its channels and pixels per
+    side."""
+
+    maker: int
+    channels: int
+    size: int
+
+
+class _Trace:
+    """Writes a network down, operator by operator, and then what is left of it once it is deployed.
+
+    Implements `Operators`. Concatenations and shifts are no operators: they work nothing out."""
+
+    def __init__(self) -> None:
+        self._operators: list[Layer | None] = []
+        self._reads: list[tuple[int, ...]] = []  # per operator the makers of its inputs
+
+    def _append(self, layer: Layer, *inputs: _Value) -> _Value:
+        self._operators.append(layer)
+        self._reads.append(tuple([value.maker for value in inputs]))
+        return _Value(len(self._operators) - 1, layer.channels_out, layer.size_out)
+
+    def rectify(self, x: _Value) -> _Value:
+        return self._append(_layer("activation", x.channels, x.channels, x.size, x.size), x)
+
+    def pool(self, x: _Value, operation: str, stride: int) -> _Value:
+        size = -(-x.size // stride)
+        return self._append(_layer("pool", x.channels, x.channels, x.size, size, POOL_KERNEL), x)
+
+    def join(self, values: Sequence[_Value]) -> _Value:
+        return reduce(self._add, values)
+
+    def _add(self, x: _Value, y: _Value) -> _Value:
+        return self._append(_layer("add", x.channels, x.channels, x.size, x.size), x, y)
+
+    def zero(self, x: _Value) -> _Value:
+        """The difference of a value and itself."""
+        return self._add(x, x)
+
+    def concatenate(self, values: Sequence[_Value]) -> _Value:
+        if len(values) == 1:
+            return values[0]
+        self._operators.append(None)
+        self._reads.append(tuple([value.maker for value in values]))
+        channels = sum(value.channels for value in values)
+        return _Value(len(self._operators) - 1, channels, values[0].size)
+
+    def convolve(self, x: _Value, channels: int, kernel: int = 1, stride: int = 1) -> _Value:
+        """With batch norm."""
+        weights = kernel**2 * x.channels * channels
+        size = -(-x.size // stride)
+        layer = _layer(
+            "conv",
+            x.channels,
+            channels,
+            x.size,
+            size,
+            kernel,
+            parameters=weights + 2 * channels,
+            normalised=True,
+        )
+        return self._append(layer, x)
+
+    def halve(self, x: _Value, channels: int) -> _Value:
+        halves = (channels // 2, channels - channels // 2)
+        return self.concatenate([self.convolve(x, half, stride=2) for half in halves])
+
+    def _depthwise(self, x: _Value, kernel: int, stride: int) -> _Value:
+        size, channels = -(-x.size // stride), x.channels
+        layer = _layer(
+            "conv", channels, channels, x.size, size, kernel, channels, parameters=kernel**2 * channels
+        )
+        return self._append(layer, x)
+
+    def separable(self, x: _Value, convolution: Convolution, stride: int) -> _Value:
+        for step in range(convolution.repeats):
+            x = self.rectify(x) if step else x
+            x = self._depthwise(x, convolution.kernel, 1 if step else stride)
+            x = self.convolve(x, x.channels)
+        return x
+
+    def stem(self, image_shape: tuple[int, int, int], channels: int, strides: Sequence[int]) -> _Value:
+        x = _Value(-1, image_shape[0], image_shape[1])
+        for step, stride in enumerate(strides):
+            x = self.convolve(self.rectify(x) if step else x, channels, 3, stride)
+        return x
+
+    def cell(
+        self, position: Position, plan: CellPlan, inputs: Mapping[int, _Value], loose_ends: bool
+    ) -> _Value:
+        def edge(node: int, pair: Pair, source: Node[_Value]) -> _Value:
+            stride = position.stride(pair.source)
+
+            def weighted(x: _Value) -> _Value:
+                if pair.operation == SKIP:
+                    return self.halve(x, position.width)
+                return self.separable(x, CONVOLUTIONS[pair.operation], stride)
+
+            return operate(pair.operation, source, stride, weighted)
+
+        entered = {
+            source: (self.halve if position.halves(source) else self.convolve)(x, position.width)
+            for source, x in inputs.items()
+        }
+        output = run_cell(plan, entered, self, edge)
+        return self.convolve(self.rectify(output), position.width) if loose_ends else output
+
+    def classify(self, x: _Value, num_classes: int) -> None:
+        pooled = self._append(_layer("pool", x.channels, x.channels, x.size, 1), x)
+        weights = (x.channels + 1) * num_classes
+        self._append(_layer("linear", x.channels, num_classes, parameters=weights), pooled)
+
+    def layers(self) -> tuple[Layer, ...]:
+        """Without what runtimes fuse: a rectifier that is alone on a convolution is part of it."""
+        readers = Counter(itertools.chain.from_iterable(self._reads))
+
+        def is_fused(layer: Layer, maker: int) -> bool:
+            before = self._operators[maker] if readers[maker] == 1 else None
+            return layer.kind == "activation" and before is not None and before.kind == "conv"
+
+        return tuple(
+            layer
+            for layer, reads in zip(self._operators, self._reads, strict=True)
+            if layer is not None and not is_fused(layer, reads[0])
+        )
