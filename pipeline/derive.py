@@ -162,15 +162,16 @@ REFITS = 3
 
 @dataclass(frozen=True)
 class Deriver:
-    """Derives one tier. `device` is None where no budget needs one; `refit` takes what was timed and
-    answers with a better prediction; `try_accuracies` trains architectures briefly and is None where nobody
-    wants to wait."""
+    """Derives one tier. `device` is None where no budget needs one; `counted` is the share of the budgets
+    that need none, which is exact. `refit` takes what was timed and answers with a better prediction;
+    `try_accuracies` trains architectures briefly and is None where nobody wants to wait."""
 
     tier: Tier
     settings: DeriveSettings
     evaluator: Evaluator
     uniform: frozenset[Arch]
     device: Device | None
+    counted: Usage
     refit: Callable[[Sequence[Arch], Sequence[float]], Usage]
     try_accuracies: Callable[[Sequence[Arch]], Sequence[float]] | None
     say: Callable[[str], None]
@@ -187,18 +188,25 @@ class Deriver:
         return arch, record, tried
 
     def _timed_finalists(self, pool: Sequence[Arch], usage: Usage, rng: Generator) -> list[Trial]:
-        """Finalists, timed. While most miss, the prediction is wrong here: it is refitted, and they are
-        chosen again; those of earlier rounds stay in the race."""
+        """Finalists, timed. While most miss the budget, or leave much of it unused, the prediction is wrong
+        here: it is refitted, and they are chosen again; those of earlier rounds stay in the race."""
         measured_ms: dict[Arch, float] = {}
         seen: dict[Arch, Trial] = {}
         for _ in range(REFITS):
             trials = self._timed(self._finalists(pool, usage, rng), measured_ms)
             seen |= {trial.finalist.arch: trial for trial in trials}
-            kept = [trial for trial in seen.values() if trial.keeps_budget(self.settings.guard)]
-            if self.device is None or len(kept) > len(trials) // 2:
+            hits = [trial for trial in trials if self._hits(trial)]
+            if self.device is None or len(hits) > len(trials) // 2 or not self._missed_by_surprise(trials):
                 break
             usage = self.refit(list(measured_ms), list(measured_ms.values()))
         return list(seen.values())
+
+    def _hits(self, trial: Trial) -> bool:
+        return trial.keeps_budget(self.settings.guard) and trial.usage >= self.settings.least
+
+    def _missed_by_surprise(self, trials: Sequence[Trial]) -> bool:
+        """Whether any missed that was predicted to hit: where the space has nothing better, so be it."""
+        return any(not self._hits(t) and t.finalist.usage >= self.settings.least for t in trials)
 
     def _timed(self, finalists: Sequence[Finalist], measured_ms: dict[Arch, float]) -> list[Trial]:
         if self.device is None:
@@ -207,13 +215,16 @@ class Deriver:
         for arch, record in zip(unknown, self.device.time(unknown), strict=True):
             measured_ms[arch] = record.latency_ms
         limit_ms = self.tier.budgets["latency_ms"]
+        counted_N = self.counted([finalist.arch for finalist in finalists]).tolist()
         return [
-            Trial(finalist, measured_usage=measured_ms[finalist.arch] / limit_ms) for finalist in finalists
+            Trial(finalist, measured_usage=max(measured_ms[finalist.arch] / limit_ms, counted))
+            for finalist, counted in zip(finalists, counted_N, strict=True)
         ]
 
     def _tried(self, trials: Sequence[Trial]) -> list[Trial]:
-        """With the accuracy of those that keep the budget."""
-        kept = [trial.finalist.arch for trial in trials if trial.keeps_budget(self.settings.guard)]
+        """With the accuracy of those that keep the budget and use it; where none does, that keep it."""
+        kept = [trial.finalist.arch for trial in trials if self._hits(trial)]
+        kept = kept or [t.finalist.arch for t in trials if t.keeps_budget(self.settings.guard)]
         if self.try_accuracies is None or not kept:
             return list(trials)
         accuracy = dict(zip(kept, self.try_accuracies(kept), strict=True))

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -309,6 +309,7 @@ def _deriver(run: Run, tier: Tier, evaluator: Evaluator, engine: Engine) -> Deri
         evaluator=evaluator,
         uniform=frozenset(run.space.uniform()),
         device=run.bench(run.profile(tier.device)) if _can_be_timed(run, tier) else None,
+        counted=_counted_usage(run, tier),
         refit=refit,
         try_accuracies=try_accuracies if run.config.derive.trial_epochs > 0 else None,
         say=run.progress.say,
@@ -326,6 +327,14 @@ def _usage_of(run: Run, tier: Tier) -> Usage:
     if "latency_ms" in tier.budgets and profile.elsewhere:
         return partial(usage_of_budgets, CautiousCosts(costs, run.bench(profile).kept_ms()), tier)
     return partial(usage_of_budgets, costs, tier)
+
+
+def _counted_usage(run: Run, tier: Tier) -> Usage:
+    """Share of the budgets that are counted rather than timed."""
+    limits = tuple(limit for limit in tier.limits if limit.metric != "latency_ms")
+    if not limits:
+        return lambda archs: np.zeros(len(archs))
+    return partial(usage_of_budgets, run.costs[tier.device], replace(tier, limits=limits))
 
 
 def _chosen(run: Run, only: str | None) -> tuple[Tier, ...]:

@@ -152,6 +152,7 @@ def deriver(**changed: Any) -> Deriver:
         "evaluator": TabularEvaluator(rows, LOSS),
         "uniform": frozenset(ARCHS[::10]),
         "device": FakeDevice(true_ms),
+        "counted": lambda archs: np.zeros(len(archs)),
         "refit": no_refit,
         "try_accuracies": None,
         "say": lambda message: None,
@@ -181,9 +182,11 @@ def test_brief_training_overrules_the_evaluator() -> None:
         tried.extend(archs)
         return [arch.choices[0] / 100 for arch in archs]
 
-    arch, _, trials = deriver(try_accuracies=accuracy).derive(ARCHS, usage_of(true_ms), rng())
+    content = SETTINGS.model_copy(update={"least": 0.8})
+    made = deriver(settings=content, try_accuracies=accuracy)
+    arch, _, trials = made.derive(ARCHS, usage_of(true_ms), rng())
     assert arch == max(t.finalist.arch for t in trials)
-    assert sorted(tried) == sorted(t.finalist.arch for t in trials)
+    assert sorted(tried) == sorted(t.finalist.arch for t in trials) and len(tried) > 2
 
 
 def test_without_a_device_nothing_is_timed_and_prediction_counts() -> None:
@@ -207,6 +210,34 @@ def test_a_prediction_that_misses_is_fitted_again_with_what_was_timed() -> None:
     assert timed is not None and 0.9 * BUDGET_MS <= timed.latency_ms <= 0.99 * BUDGET_MS
     assert known and arch not in known
     assert len(device.timed) == len(set(device.timed)), "a network was timed twice"
+
+
+def test_a_budget_that_would_stay_unused_is_a_miss_too() -> None:
+    """Networks are 0.8 times as slow as predicted: those that really use the budget are found, and only they
+    are trained."""
+    device = FakeDevice(lambda arch: 0.8 * true_ms(arch))
+    tried: list[Arch] = []
+
+    def accuracies(archs: Sequence[Arch]) -> list[float]:
+        tried.extend(archs)
+        return [0.5] * len(archs)
+
+    def refit(archs: Sequence[Arch], measured_ms: Sequence[float]) -> Usage:
+        slope = np.mean([ms / true_ms(arch) for arch, ms in zip(archs, measured_ms, strict=True)])
+        return usage_of(lambda arch: float(slope) * true_ms(arch))
+
+    longer = Tier("cpu", "s", (Limit("latency_ms", 0.75 * BUDGET_MS, False, "1.5 ms"),))
+    made = deriver(tier=longer, device=device, refit=refit, try_accuracies=accuracies)
+    arch, timed, _ = made.derive(ARCHS, lambda archs: usage_of(true_ms)(archs) / 0.75, rng())
+    assert timed is not None and timed.latency_ms >= SETTINGS.least * 0.75 * BUDGET_MS
+    assert all(device.ms(arch) >= SETTINGS.least * 0.75 * BUDGET_MS for arch in tried) and arch in tried
+
+
+def test_where_another_budget_binds_latency_may_stay_unused() -> None:
+    """Half of the latency is used, all of the parameters: nothing is fitted again, nothing comes last."""
+    device = FakeDevice(lambda arch: 0.5 * true_ms(arch))
+    _, _, trials = deriver(device=device, counted=usage_of(true_ms)).derive(ARCHS, usage_of(true_ms), rng())
+    assert all(trial.usage == trial.finalist.usage for trial in trials)
 
 
 def test_a_device_that_no_prediction_fits_is_given_up() -> None:
