@@ -415,14 +415,41 @@ def _fresh(run: Run, arch: Arch) -> nn.Module:
 
 
 def retrain_stage(run: Run, only: str | None = None) -> None:
-    """Largest tier first, since it may be the others' teacher."""
+    """Largest tier first, since it may be the others' teacher; a network that several tiers share, once."""
     tiers = _largest_first(run, only)
     waiting = [tier for tier in tiers if _training(run, tier).record is None]
     teachers = waiting[:1] if run.config.retrain.distil is not None and waiting[:1] == tiers[:1] else []
     steps = run.config.retrain.steps(len(run.task.splits["weights"])) if waiting else 0
     with _engine(run) as engine:
         for group in (teachers, waiting[len(teachers) :]):
-            engine.map("retrain", [{"do": "retrain", "tier": tier.key} for tier in group], steps)
+            left = [tier for tier in group if not _adopt_twin(run, tier)]
+            of_each = {_arch_of(run, tier): tier for tier in reversed(left)}
+            jobs = [{"do": "retrain", "tier": tier.key} for tier in left if tier in of_each.values()]
+            engine.map("retrain", jobs, steps)
+    for tier in waiting:
+        _adopt_twin(run, tier)
+
+
+def _adopt_twin(run: Run, tier: Tier) -> bool:
+    """Take the weights of a tier that has the same network, trained from the same; whether the tier is
+    trained then."""
+    _, inputs, record = _training(run, tier)
+    if record is not None:
+        return True
+    for twin in run.tiers:
+        found, weights = run.folder.read_record(run.tier_path(twin, "train.json")), _weights_path(run, twin)
+        if found is None or found["inputs"] != inputs or sha256_file(weights) != found["sha256"]:
+            continue
+        write_bytes(_weights_path(run, tier), weights.read_bytes())
+        run.folder.write_record(
+            run.tier_path(tier, "train.json"), {**found, "seconds": 0.0, "inputs": inputs}, inputs
+        )
+        return True
+    return False
+
+
+def _weights_path(run: Run, tier: Tier) -> Path:
+    return run.tier_path(tier, "weights.safetensors")
 
 
 class _Training(NamedTuple):
@@ -464,7 +491,7 @@ def retrain_one(run: Run, job: Json) -> Json:
         device=run.config.device,
         teacher=_trained(run, largest) if run.config.retrain.distil and tier != largest else None,
     )
-    weights = run.tier_path(tier, "weights.safetensors")
+    weights = _weights_path(run, tier)
     tensors = {name: value.contiguous().cpu() for name, value in network.state_dict().items()}
     write_bytes(weights, save(tensors))
     path = run.tier_path(tier, "train.json")
@@ -519,7 +546,7 @@ def _first_weights(run: Run, arch: Arch) -> nn.Module:
 def _trained(run: Run, tier: Tier) -> nn.Module:
     from safetensors.torch import load_file
 
-    path, record = run.tier_path(tier, "weights.safetensors"), run.tier_path(tier, "train.json")
+    path, record = _weights_path(run, tier), run.tier_path(tier, "train.json")
     if not path.exists() or sha256_file(path) != run.done(record, "retrain")["sha256"]:
         raise CorruptArtifact(f"{path}: is not the file that was trained; remove {record} to train it again")
     network = _fresh(run, _arch_of(run, tier))
