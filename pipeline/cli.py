@@ -48,10 +48,17 @@ Data = Annotated[
     typer.Option(help="digits, fashion-mnist or cifar10 (these two also with :PATH), or image-folder:PATH."),
 ]
 Method = Annotated[
-    str | None, typer.Option(help="importance, asng, random, evolution, darts or darts-prime.")
+    str | None, typer.Option(help="importance, asng, random, evolution, darts, darts-prime or e2rnas.")
 ]
 Space = Annotated[str | None, typer.Option(help="Search space: mbconv, cell or nb201.")]
-EvaluatorName = Annotated[str | None, typer.Option("--evaluator", help="Learning signal: one-shot.")]
+EvaluatorName = Annotated[
+    str | None,
+    typer.Option(
+        "--evaluator",
+        help="Learning signal: one-shot, relaxed, relaxed-adversarial, or without training eproxy, synflow, "
+        "nwot, jacov, params, flops.",
+    ),
+]
 Out = Annotated[Path | None, typer.Option(help="Run folder; default exports/NAME.", show_default=False)]
 Seed = Annotated[int | None, typer.Option(help="Decides everything random.", min=0)]
 Device = Annotated[str | None, typer.Option(help="Where to train: cpu, cuda or cuda:N.")]
@@ -458,6 +465,9 @@ def select(
     params: Annotated[str | None, typer.Option(help="Parameters: 300k.")] = None,
     flops: Annotated[str | None, typer.Option(help="FLOPs (one multiply-add is one): 12M.")] = None,
     weight_bytes: Annotated[str | None, typer.Option(help="Bytes of weights: 1.5MiB.")] = None,
+    memory_bytes: Annotated[
+        str | None, typer.Option(help="Bytes of weights and live feature maps: 2MiB.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="Whose measurements count.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -468,7 +478,13 @@ def select(
         from pipeline.report.select import select as choose
         from pipeline.units import format_value, parse_value
 
-        asked = {"latency_ms": latency_ms, "params": params, "flops": flops, "weight_bytes": weight_bytes}
+        asked = {
+            "latency_ms": latency_ms,
+            "params": params,
+            "flops": flops,
+            "weight_bytes": weight_bytes,
+            "memory_bytes": memory_bytes,
+        }
         limits = {metric: parse_value(metric, text) for metric, text in asked.items() if text is not None}
         manifest = read_manifest(run_folder)
         tier = choose(manifest, limits, device)
@@ -525,12 +541,16 @@ def _print_family(manifest: Json, root: Path) -> None:
             format_value("params", tier["params"]),
             format_value("flops", tier["flops"]),
             f"{100 * tier['accuracy']['test']:.2f} %",
-            format_value("weight_bytes", file["bytes"]),
+            " ".join([format_value("weight_bytes", file["bytes"]), *_lower_precision(file)]),
         )
     console = _console(to_stderr=False)
     console.print(table)
     console.print(f"manifest  {root / 'manifest.json'}", highlight=False, soft_wrap=True)
     console.print(f"report    {root / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _lower_precision(file: Json) -> list[str]:
+    return [p for p in [file.get("precision", "fp32")] if p != "fp32"]
 
 
 def _print_checks(results: Any) -> None:

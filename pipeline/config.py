@@ -24,7 +24,7 @@ from pipeline.evaluators import EVALUATORS
 from pipeline.search import METHODS
 from pipeline.settings import Settings, parse_settings, pick
 from pipeline.spaces import SPACES
-from pipeline.train.recipe import Recipe
+from pipeline.train.recipe import Recipe, Robustness
 from pipeline.types import Json
 
 T = TypeVar("T")
@@ -38,9 +38,9 @@ class SearchSettings(Settings):
     favour what was sampled early. `calibration` is how many networks are timed to fit a device's latency
     predictor.
 
-    A method that mixes operations (`darts`, `darts-prime`) always trains. There `evaluations` is how many
-    minibatches follow the warm-up, in all tiers together: thousands rather than hundreds. `train_in_search`
-    and `fit_samples` say nothing to it."""
+    A method that mixes operations (`darts`, `darts-prime`, `e2rnas`) always trains. There `evaluations` is
+    how many minibatches follow the warm-up, in all tiers together: thousands rather than hundreds.
+    `train_in_search` and `fit_samples` say nothing to it."""
 
     warm_up: int = Field(1000, ge=0)
     evaluations: int = Field(400, ge=1)
@@ -82,6 +82,7 @@ class RunConfig:
     derive: DeriveSettings
     retrain: Recipe
     export: ExportSettings
+    robustness: Robustness
     seed: int
     device: str
 
@@ -103,6 +104,7 @@ class RunConfig:
             "derive": self.derive.model_dump(mode="json"),
             "retrain": self.retrain.model_dump(mode="json"),
             "export": self.export.model_dump(mode="json"),
+            "robustness": self.robustness.model_dump(mode="json"),
         }
 
 
@@ -118,6 +120,7 @@ DEFAULTS: Json = {
     "derive": {},
     "retrain": {},
     "export": {},
+    "robustness": {},
 }
 
 
@@ -150,6 +153,7 @@ def parse(values: Mapping[str, Any], where: str) -> RunConfig:
         derive=parse_settings(DeriveSettings, _mapping(values, "derive", where), f"{where}: derive"),
         retrain=parse_settings(Recipe, _mapping(values, "retrain", where), f"{where}: retrain"),
         export=parse_settings(ExportSettings, _mapping(values, "export", where), f"{where}: export"),
+        robustness=parse_settings(Robustness, _mapping(values, "robustness", where), f"{where}: robustness"),
         seed=_seed(values["seed"], where),
         device=_device(values["device"], where),
     )

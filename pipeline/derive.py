@@ -33,7 +33,7 @@ class DeriveSettings(Settings):
 
     low: float = Field(0.95, gt=0, lt=1)
     high: float = Field(0.985, gt=0, le=1)
-    guard: float = Field(0.01, ge=0, lt=0.5)
+    guard: float = Field(0.015, ge=0, lt=0.5)
     least: float = Field(0.92, ge=0, lt=1)
     samples: int = Field(2000, ge=0)
     rescored: int = Field(32, ge=1)

@@ -36,6 +36,7 @@ from pipeline.artifacts import (
     write_arrays,
     write_bytes,
 )
+from pipeline.costs.bench import SHIPPED_PROCESSES
 from pipeline.costs.budgets import resolve_tiers, usage_of_budgets
 from pipeline.costs.table import CautiousCosts, SpaceCosts, build_cost_table, export_for_timing
 from pipeline.derive import Deriver, Trial, Usage
@@ -43,7 +44,7 @@ from pipeline.devices.environment import describe_environment, package_versions,
 from pipeline.devices.hardware import usable_cores
 from pipeline.devices.kit import Waiting
 from pipeline.devices.profile import DeviceProfile
-from pipeline.devices.session import open_session
+from pipeline.devices.session import NVIDIA, RuntimeSettings, open_session
 from pipeline.engine import Engine, InProcess, Processes, share_cores
 from pipeline.errors import AwaitingDevice, BudgetMissed, ConfigError, CorruptArtifact, RunFolderError
 from pipeline.evaluators import EVALUATORS
@@ -59,6 +60,8 @@ from pipeline.units import format_value
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from pipeline.deploy import ParityRecord
 
 
 TIER_RECORDS = {"derive": "arch", "retrain": "train", "export": "export", "measure": "measure"}
@@ -135,10 +138,15 @@ def _refuse_unfit_space(run: Run) -> None:
 
 def _refuse_missing_provider(profile: DeviceProfile) -> None:
     """Before a minute goes into writing networks that nothing here can run. Raises ProviderError."""
-    if profile.measures_latency and not profile.elsewhere:
-        open_session(
-            probe_model(), provider=profile.provider, provider_options=profile.provider_options, threads=1
-        )
+    if not profile.measures_latency or profile.elsewhere:
+        return
+    from pipeline.deploy import probe
+
+    files = [probe_model()]
+    if profile.precision != "fp32":
+        files.append(probe(profile.precision, symmetric=profile.provider in NVIDIA))
+    for file in files:
+        open_session(file, provider=profile.provider, provider_options=profile.provider_options, threads=1)
 
 
 def _write_reference(run: Run, profile: DeviceProfile, table: SpaceCosts) -> Json | None:
@@ -295,7 +303,7 @@ def _deriver(run: Run, tier: Tier, evaluator: Evaluator, engine: Engine) -> Deri
     def refit(archs: Sequence[Arch], measured_ms: Sequence[float]) -> Usage:
         model = run.costs[tier.device].latency
         assert model is not None
-        better = SpaceCosts(run.space, model.with_measurements(run.space, archs, measured_ms))
+        better = run.costs[tier.device].with_latency(model.with_measurements(run.space, archs, measured_ms))
         return partial(usage_of_budgets, better, tier)
 
     def try_accuracies(archs: Sequence[Arch]) -> list[float]:
@@ -561,23 +569,30 @@ def export_stage(run: Run, only: str | None = None) -> None:
     """ONNX files, parity on test images, and the final assessment: the one place that reads the test
     split."""
     from pipeline.data import held_out
-    from pipeline.deploy import check_parity, export_onnx, onnx_accuracy
-    from pipeline.train.assess import assess
+    from pipeline.deploy import check_parity, export_onnx
+    from pipeline.train.assess import assess, withstand
 
     for tier in _chosen(run, only):
         train = run.done(run.tier_path(tier, "train.json"), "retrain")
-        inputs = {"weights": train["sha256"], "export": sha256_json(run.config.export.model_dump())}
+        inputs = {
+            "weights": train["sha256"],
+            "export": sha256_json(run.config.export.model_dump()),
+            "robustness": sha256_json(run.config.robustness.model_dump(mode="json")),
+        }
+        profile = run.profile(tier.device)
+        if profile.precision != "fp32":
+            inputs["precision"] = sha256_json([profile.precision, profile.int8.model_dump()])
         path = run.tier_path(tier, "export.json")
         if run.folder.read_record(path, inputs) is not None:
             continue
         run.progress.say(f"export {tier.key}")
         with run.timed() as seconds:
             network, settings = _trained(run, tier), run.config.export
-            profile = run.profile(tier.device)
             images, _ = held_out.test_sample(run.task, settings.parity_images, seed=0)
+            batches = images.numpy().reshape(-1, *run.space.image_shape)
             files: Json = {}
-            for role, name, batch in (("onnx", "model.onnx", None), ("onnx-batch1", "model.batch1.onnx", 1)):
-                target = run.tier_path(tier, name)
+            for role, batch in (("onnx", None), ("onnx-batch1", 1)):
+                target = run.tier_path(tier, file_name(role))
                 exported = export_onnx(
                     network,
                     target,
@@ -586,25 +601,146 @@ def export_stage(run: Run, only: str | None = None) -> None:
                     opset=profile.opset,
                     metadata=_metadata(run, tier),
                 )
-                batches = images.numpy().reshape(-1, *run.space.image_shape)
                 parity = check_parity(network, target, [batches])
-                files[role] = {"name": name, "export": exported.to_json(), "parity": parity.to_json()}
-            write_arrays(run.tier_path(tier, "samples.npz"), _samples(network, images[: settings.samples]))
+                files[role] = {"name": target.name, "export": exported.to_json(), "parity": parity.to_json()}
             assessment = assess(network, run.task)
-            runtime = onnx_accuracy(
-                run.tier_path(tier, "model.onnx"),
-                ((x.numpy(), y.numpy()) for x, y in held_out.test_batches(run.task, 250)),
-            )
+            attacked = withstand(network, run.task, run.config.robustness)
+            runtime = accuracy_on_test(run, run.tier_path(tier, file_name("onnx")))
+            samples = _samples(network, images[: settings.samples])
+            lower = None if profile.precision == "fp32" else _export_lower(run, tier, network, batches)
+            if lower is not None and lower["precision"] == "int8":
+                samples["logits_int8"] = _logits_of(
+                    run.tier_path(tier, file_name("onnx", "int8")), samples["images"]
+                )
+            write_arrays(run.tier_path(tier, "samples.npz"), samples)
         run.folder.write_record(
             path,
             {
                 "files": files,
-                "accuracy": {"test": assessment.accuracy / 100, "test_onnxruntime": runtime},
+                "accuracy": {
+                    "test": assessment.accuracy / 100,
+                    "test_onnxruntime": runtime,
+                    "attacks": [result.to_json() for result in attacked],
+                },
                 "test_images": assessment.images,
+                **({} if lower is None else {"lower": lower}),
                 "seconds": seconds(),
             },
             inputs,
         )
+
+
+def file_name(role: str, precision: str = "fp32") -> str:
+    """`model.onnx`, `model.batch1.onnx`, `model.int8.onnx`, `model.int8.batch1.onnx`, …"""
+    parts = [precision] * (precision != "fp32") + ["batch1"] * (role == "onnx-batch1")
+    return ".".join(["model", *parts, "onnx"])
+
+
+def _export_lower(run: Run, tier: Tier, network: nn.Module, images: Any) -> Json:
+    """The tier's files in the precision that its profile asks for, what they lose, and under `refusal` why
+    they may not be its answer, if so."""
+    from pipeline.deploy import NO_GATE, check_parity, fix_batch
+
+    profile = run.profile(tier.device)
+    precision, runtime = profile.precision, _assessing_runtime(profile)
+    run.progress.say(f"{precision} for {tier.key}")
+    plain, target = (run.tier_path(tier, file_name("onnx", p)) for p in ("fp32", precision))
+    made = (quantise if precision == "int8" else _halve)(run, profile, plain, target)
+    fix_batch(target, run.tier_path(tier, file_name("onnx-batch1", precision)), 1)
+    paths = {role: run.tier_path(tier, file_name(role, precision)) for role in ("onnx", "onnx-batch1")}
+    parity = {role: check_parity(network, path, [images], NO_GATE, runtime) for role, path in paths.items()}
+    return {
+        "precision": precision,
+        "files": {role: _lower_file(path, parity[role], precision) for role, path in paths.items()},
+        "accuracy": {"architecture": made["accuracy"], "test": accuracy_on_test(run, target, runtime)},
+        "float32_architecture": made["float_accuracy"],
+        "allowed_drop": profile.int8.max_accuracy_drop if precision == "int8" else None,
+        "made": made,
+        "refusal": _refusal(profile, made, parity["onnx"]),
+    }
+
+
+def quantise(run: Run, profile: DeviceProfile, source: Path, target: Path) -> Json:
+    """Write the int8 form of a finished float32 file, calibrated on the weights split and judged on the
+    architecture split; an `Int8Record` as JSON."""
+    from pipeline.data.batches import fixed_batch
+    from pipeline.deploy import quantise_int8
+
+    images, _ = fixed_batch(run.task, "weights", profile.int8.calibration_images, seed=run.config.seed)
+    return quantise_int8(
+        source,
+        target,
+        [images[start : start + 64].contiguous().numpy() for start in range(0, len(images), 64)],
+        accuracy_of=lambda file: _architecture_accuracy(run, file, _assessing_runtime(profile)),
+        max_accuracy_drop=profile.int8.max_accuracy_drop,
+        symmetric=profile.provider in NVIDIA,
+    ).to_json()
+
+
+def _halve(run: Run, profile: DeviceProfile, source: Path, target: Path) -> Json:
+    """Write the float16 form of a finished float32 file."""
+    from pipeline.deploy import to_float16
+
+    made = to_float16(source, target).to_json()
+    runtime = _assessing_runtime(profile)
+    return {
+        **made,
+        "float_accuracy": _architecture_accuracy(run, source, runtime),
+        "accuracy": _architecture_accuracy(run, target, runtime),
+    }
+
+
+def _lower_file(path: Path, parity: ParityRecord, precision: str) -> Json:
+    """`tolerance` is what `verify` holds its logits to: the network's in float16, in int8 the file's own."""
+    from pipeline.deploy import FLOAT16_GATE
+
+    tolerance = FLOAT16_GATE.max_abs_error if precision == "fp16" else max(parity.max_abs_error, 1e-4)
+    return {
+        "name": path.name,
+        "export": {"sha256": sha256_file(path), "bytes": path.stat().st_size},
+        "parity": {**parity.to_json(), "tolerance": tolerance},
+    }
+
+
+def _refusal(profile: DeviceProfile, made: Json, parity: ParityRecord) -> str | None:
+    from pipeline.deploy import FLOAT16_GATE
+
+    if profile.precision == "fp16":
+        problem = FLOAT16_GATE.problem(parity)
+        return None if problem is None else f"fp16: {problem}"
+    if made["within"]:
+        return None
+    drop = 100 * (made["float_accuracy"] - made["accuracy"])
+    return (
+        f"int8 loses {drop:.2f} points of accuracy on the architecture split, at most "
+        f"{profile.int8.max_accuracy_drop:g} are allowed"
+    )
+
+
+def _assessing_runtime(profile: DeviceProfile) -> RuntimeSettings | None:
+    """Where lower precision is assessed: on the device itself where that is here, else on the CPU."""
+    return None if profile.elsewhere else profile.runtime()
+
+
+def _architecture_accuracy(run: Run, file: Path, runtime: RuntimeSettings | None) -> float:
+    from pipeline.data.batches import evaluation_batches
+    from pipeline.deploy import onnx_accuracy
+
+    batches = evaluation_batches(run.task, "architecture", 250)
+    return onnx_accuracy(file, ((x.numpy(), y.numpy()) for x, y in batches), runtime)
+
+
+def accuracy_on_test(run: Run, file: Path, runtime: RuntimeSettings | None = None) -> float:
+    from pipeline.data import held_out
+    from pipeline.deploy import onnx_accuracy
+
+    batches = held_out.test_batches(run.task, 250)
+    return onnx_accuracy(file, ((x.numpy(), y.numpy()) for x, y in batches), runtime)
+
+
+def _logits_of(file: Path, images: Any) -> Any:
+    session = open_session(file)
+    return session.run(None, {session.get_inputs()[0].name: images})[0]
 
 
 def _samples(network: nn.Module, images: Any) -> dict[str, Any]:
@@ -649,42 +785,78 @@ def _measure_device(run: Run, profile: DeviceProfile, only: str | None) -> None:
     for tier in (tier for tier in _chosen(run, only) if tier.device == profile.name):
         export = run.done(run.tier_path(tier, "export.json"), "export")
         inputs = {role: file["export"]["sha256"] for role, file in export["files"].items()}
+        if lower := export.get("lower"):
+            inputs |= {
+                f"{role} in {lower['precision']}": file["export"]["sha256"]
+                for role, file in lower["files"].items()
+            }
         if run.folder.read_record(run.tier_path(tier, "measure.json"), inputs) is None:
             waiting.append((tier, inputs))
     if not waiting:
         return
     with run.timed() as seconds:
-        latencies = _time_shipped(run, profile, [tier for tier, _ in waiting])
-    for (tier, inputs), latency in zip(waiting, latencies, strict=True):
-        measured = _measured(run, tier, latency)
-        _refuse_over_budget(run, tier, measured)
+        timed = _time_shipped(run, profile, [tier for tier, _ in waiting])
+    for (tier, inputs), latencies in zip(waiting, timed, strict=True):
+        record = _answered(run, tier, latencies)
+        _refuse_over_budget(run, tier, record["measured"])
         run.folder.write_record(
             run.tier_path(tier, "measure.json"),
-            {
-                "measured": measured,
-                "latency": None if latency is None else asdict(latency),
-                "seconds": round(seconds() / len(waiting), 3),
-            },
+            {**record, "seconds": round(seconds() / len(waiting), 3)},
             inputs,
         )
 
 
-def _time_shipped(run: Run, profile: DeviceProfile, tiers: Sequence[Tier]) -> list[LatencyRecord | None]:
-    """Latency of every tier's file. One that comes out over its budget is timed once more on its own: what
-    disturbs a machine makes networks slower, never faster."""
+Latencies = dict[str, LatencyRecord | None]
+"""Of a tier's files, by their precision; None where there is no device."""
+
+
+def _time_shipped(run: Run, profile: DeviceProfile, tiers: Sequence[Tier]) -> list[Latencies]:
+    """Of every tier's file, and the one of lower precision beside it. One that comes out over its budget is
+    timed once more on its own: what disturbs a machine makes networks slower, never faster."""
     if not profile.measures_latency:
-        return [None] * len(tiers)
+        return [{"fp32": None}] * len(tiers)
     bench = run.bench(profile)
-    records = bench.time_files([run.tier_path(tier, _timed_file(profile)) for tier in tiers])
-    if profile.elsewhere:
-        for tier, record in zip(tiers, records, strict=True):
+    asked = [(tier, precision) for tier in tiers for precision in dict.fromkeys(("fp32", profile.precision))]
+    files = [run.tier_path(tier, _timed_file(profile, precision)) for tier, precision in asked]
+    records = bench.time_files(files, SHIPPED_PROCESSES)
+    timed: dict[str, Latencies] = {tier.key: {} for tier in tiers}
+    for (tier, precision), file, record in zip(asked, files, records, strict=True):
+        if profile.elsewhere and precision == profile.timed_precision:
             bench.keep(_arch_of(run, tier), record)
-        return list(records)
-    for index, (tier, record) in enumerate(zip(tiers, records, strict=True)):
-        if record.latency_ms > tier.budgets.get("latency_ms", math.inf):
-            again = bench.time_files([run.tier_path(tier, _timed_file(profile))])[0]
-            records[index] = min(record, again, key=lambda r: r.latency_ms)
-    return list(records)
+        elif not profile.elsewhere and record.latency_ms > tier.budgets.get("latency_ms", math.inf):
+            again = bench.time_files([file], SHIPPED_PROCESSES)[0]
+            record = min(record, again, key=lambda r: r.latency_ms)
+        timed[tier.key][precision] = replace(record, context={**record.context, "precision": precision})
+    return list(timed.values())
+
+
+def _answered(run: Run, tier: Tier, latencies: Latencies) -> Json:
+    """What the tier's answer was measured to cost and, where there is a file of lower precision, what that
+    one costs, which of them is the answer, and why."""
+    from pipeline.deploy import choose
+
+    measured = {
+        precision: _measured(run, tier, precision, latency) for precision, latency in latencies.items()
+    }
+    timed = {
+        precision: None if latency is None else asdict(latency) for precision, latency in latencies.items()
+    }
+    plain = {"measured": measured["fp32"], "latency": timed["fp32"]}
+    lower = run.done(run.tier_path(tier, "export.json"), "export").get("lower")
+    if lower is None:
+        return plain
+    precision = lower["precision"]
+    answer = choose(
+        measured["fp32"], measured[precision], tier.budgets, precision=precision, refusal=lower["refusal"]
+    )
+    used = precision if answer.lower else "fp32"
+    return {
+        **plain,
+        "measured": measured[used],
+        "precision": used,
+        "reason": answer.reason,
+        "lower": {"measured": measured[precision], "latency": timed[precision]},
+    }
 
 
 def _refuse_over_budget(run: Run, tier: Tier, measured: Mapping[str, float]) -> None:
@@ -706,21 +878,24 @@ def _refuse_over_budget(run: Run, tier: Tier, measured: Mapping[str, float]) -> 
             )
 
 
-def _timed_file(profile: DeviceProfile) -> str:
+def _timed_file(profile: DeviceProfile, precision: str = "fp32") -> str:
     """The static file where the device runs one image at a time."""
-    return "model.batch1.onnx" if profile.batch == 1 else "model.onnx"
+    return file_name("onnx-batch1" if profile.batch == 1 else "onnx", precision)
 
 
-def _measured(run: Run, tier: Tier, latency: LatencyRecord | None) -> dict[str, float]:
-    """Counts are taken from the trained module: parameters as they are, FLOPs by fvcore."""
-    from pipeline.costs.counts import module_flops, module_params, summarise
+def _measured(run: Run, tier: Tier, precision: str, latency: LatencyRecord | None) -> dict[str, float]:
+    """Counts are taken from the trained module: parameters as they are, FLOPs by fvcore; bytes from the file
+    that is timed."""
+    from pipeline.costs.counts import module_flops, module_params
+    from pipeline.costs.memory import footprint
 
-    network = _fresh(run, _arch_of(run, tier))
-    _, _, weight_bytes = summarise(run.space.layers(_arch_of(run, tier)))
+    network, profile = _fresh(run, _arch_of(run, tier)), run.profile(tier.device)
+    takes = footprint(run.tier_path(tier, _timed_file(profile, precision)), profile.batch)
     measured = {
         "params": module_params(network),
         "flops": module_flops(network, run.space.image_shape),
-        "weight_bytes": weight_bytes,
+        "weight_bytes": takes.weight_bytes,
+        "memory_bytes": takes.memory_bytes,
     }
     return dict(measured) if latency is None else {"latency_ms": latency.latency_ms, **measured}
 
@@ -765,8 +940,8 @@ def _tier_entry(run: Run, tier: Tier) -> Json:
     records = {
         stage: run.done(run.tier_path(tier, f"{name}.json"), stage) for stage, name in TIER_RECORDS.items()
     }
-    timed_file = _timed_file(run.profile(tier.device))
-    return assemble.tier_entry(run.folder.root, tier, run.tier_path(tier, "."), records, timed_file)
+    timed_role = "onnx-batch1" if run.profile(tier.device).batch == 1 else "onnx"
+    return assemble.tier_entry(run.folder.root, tier, run.tier_path(tier, "."), records, timed_role)
 
 
 def _trials(run: Run) -> list[tuple[Tier, list[Trial]]]:

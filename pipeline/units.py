@@ -16,6 +16,7 @@ from pipeline.errors import ConfigError
 from pipeline.types import Limit
 
 _COUNT = {"k": 1e3, "M": 1e6, "G": 1e9}
+_BYTES = {"B": 1.0, "kB": 1e3, "KiB": 2.0**10, "MB": 1e6, "MiB": 2.0**20, "GB": 1e9, "GiB": 2.0**30}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +49,17 @@ METRICS: dict[str, Metric] = {
     ),
     "weight_bytes": Metric(
         "weights",
-        {"B": 1.0, "kB": 1e3, "KiB": 2.0**10, "MB": 1e6, "MiB": 2.0**20, "GB": 1e9, "GiB": 2.0**30},
+        _BYTES,
         ("B", "KiB", "MiB", "GiB"),
         "1.5 MiB",
         "bytes of the deployed weights",
+    ),
+    "memory_bytes": Metric(
+        "memory",
+        _BYTES,
+        ("B", "KiB", "MiB", "GiB"),
+        "2 MiB",
+        "bytes of the weights and of the feature maps that are alive at once",
     ),
 }
 

@@ -33,7 +33,7 @@ SURFACE = {
     "kit import": "results --profile",
     "list": "[folder] --json",
     "verify": "run_folder --device --remeasure/--no-remeasure --json",
-    "select": "run_folder --latency-ms --params --flops --weight-bytes --device --json",
+    "select": "run_folder --latency-ms --params --flops --weight-bytes --memory-bytes --device --json",
     "doctor": "--json",
 }
 """Command → its arguments (in brackets where they may be left out) and options. Scripts rely on these: what

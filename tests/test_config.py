@@ -39,6 +39,8 @@ def test_a_run_that_says_nothing_has_all_defaults(monkeypatch: pytest.MonkeyPatc
         {"retrain": {"epochs": 3, "distil": {"weight": 0.3}}, "derive": {"guard": 0.0}, "seed": 7},
         {"space": {"name": "mbconv", "size": "tiny", "operations": ["k3e1"]}, "device": "cuda:1"},
         {"method": {"name": "random"}, "export": {"samples": 3}},
+        {"robustness": {"epsilons": [1, 4.5], "attacks": ["pgd"]}},
+        {"retrain": {"adversarial": {"epsilon": 4}}},
     ],
 )
 def test_what_is_written_is_read_back_equal(values: dict[str, Any]) -> None:
@@ -70,6 +72,8 @@ def test_data_and_profiles_are_written_as_stated() -> None:
         ),
         ({"derive": {"low": 2}}, r"run\.yaml: derive: 'low' is 2: "),
         ({"export": {"samples": 0}}, r"run\.yaml: export: 'samples' is 0: "),
+        ({"robustness": {"images": -2}}, r"run\.yaml: robustness: 'images' is -2: "),
+        ({"robustness": {"image": 2}}, r"run\.yaml: robustness: unknown key 'image' \(did you mean 'images'"),
         ({"search": {"evaluations": "many"}}, "search: 'evaluations' is 'many'"),
         ({"search": 5}, r"run\.yaml: 'search' is 5; expected a mapping"),
         ({"method": "importence"}, r"run\.yaml: unknown method 'importence' \(did you mean 'importance'\?\)"),

@@ -75,7 +75,7 @@ def test_an_evaluator_that_cannot_mix_is_refused_by_name(method: str) -> None:
     needed = rf"run\.yaml: method '{method}' needs a relaxed evaluator, and 'one-shot' is none"
     with pytest.raises(ConfigError, match=needed) as refused:
         parsed(method=method, evaluator="one-shot")
-    assert str(refused.value).endswith("set evaluator: relaxed")
+    assert str(refused.value).endswith("set evaluator: relaxed, relaxed-adversarial")
 
 
 def test_first_weights_from_a_mixed_supernet_are_refused() -> None:

@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from pipeline.costs.memory import MEMORY
 from pipeline.errors import InfeasibleBudget, ProfileError
 from pipeline.spaces.base import SearchSpace
 from pipeline.types import Arch, CostTable, FloatArray, Limit, Tier
 from pipeline.units import format_value
 
-_COUNTED = ("params", "flops", "weight_bytes")
+_COUNTED = ("params", "flops", "weight_bytes", MEMORY)
 _SHOWN_MARGIN = 1.006
 """Above the half per cent that three shown digits can round away: asking for the shown value is feasible."""
 
@@ -22,23 +23,26 @@ def resolve_tiers(tiers: Sequence[Tier], space: SearchSpace, table: CostTable) -
     """The same tiers with absolute limits, each kept by at least one network of the space.
 
     A relative limit is a share of what the space's largest network costs; counts are rounded down. Raises
-    ProfileError when a limited metric is not in the cost table (no device, so no latency), InfeasibleBudget
-    when a tier cannot be kept, naming the nearest reachable value or the limits that conflict.
+    ProfileError when a limited metric is not in the cost table (no device, so no latency; a space whose
+    memory cannot be told before a network is built), InfeasibleBudget when a tier cannot be kept, naming the
+    nearest reachable value or the limits that conflict.
     """
     largest = dict(zip(table.metrics, table.of([space.largest])[0], strict=True))
-    resolved = tuple(_absolute(tier, largest) for tier in tiers)
+    resolved = tuple(_absolute(tier, space, largest) for tier in tiers)
     for tier in resolved:
         _check_feasible(tier, space, table)
     return resolved
 
 
-def _absolute(tier: Tier, largest: Mapping[str, float]) -> Tier:
+def _absolute(tier: Tier, space: SearchSpace, largest: Mapping[str, float]) -> Tier:
     for limit in tier.limits:
         if limit.metric not in largest:
+            advice = "name an execution provider in the profile to measure latency, or limit something else"
+            if limit.metric == MEMORY:
+                advice = f"space {space.name} does not tell memory before a network is built; limit weights"
             raise ProfileError(
                 f"profile '{tier.device}', tier '{tier.name}': limits {limit.metric} to {limit.stated}, but "
-                f"only {', '.join(largest)} are known there; name an execution provider in the profile to "
-                "measure latency, or limit something else"
+                f"only {', '.join(largest)} are known there; {advice}"
             )
     return dataclasses.replace(tier, limits=tuple(_resolved(limit, largest) for limit in tier.limits))
 

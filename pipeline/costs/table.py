@@ -24,7 +24,9 @@ from pipeline.costs.latency import (
     choose_calibration,
     held_out_error,
 )
+from pipeline.costs.memory import MEMORY, memory_bytes, offers_memory
 from pipeline.deploy.export import export_skeleton
+from pipeline.deploy.quantize import to_float16
 from pipeline.devices.hardware import cpu_model, gpu_models
 from pipeline.devices.profile import DeviceProfile
 from pipeline.devices.session import CPU, RuntimeSettings
@@ -138,12 +140,20 @@ class LatencyModel:
 class SpaceCosts:
     """Costs of a space's networks, worked out operator by operator and remembered. A `CostTable`.
 
-    `latency` is None where the profile has no device: then only what can be counted is known."""
+    `latency` is None where the profile has no device: then only what can be counted is known. Memory is
+    worked out for batches of `memory_batch` images, and only where that is given."""
 
-    def __init__(self, space: SearchSpace, latency: LatencyModel | None) -> None:
+    def __init__(
+        self, space: SearchSpace, latency: LatencyModel | None, memory_batch: int | None = None
+    ) -> None:
         self.space = space
         self.latency = latency
-        self.metrics: tuple[str, ...] = COUNTED if latency is None else (*COUNTED, LATENCY)
+        self.memory_batch = memory_batch
+        self.metrics: tuple[str, ...] = (
+            *COUNTED,
+            *(() if latency is None else (LATENCY,)),
+            *(() if memory_batch is None else (MEMORY,)),
+        )
         self._constant = 0.0 if latency is None else latency.predictor.constant_ms
         self._rows: dict[Arch, tuple[float, ...]] = {}
         self._layers: dict[Layer, tuple[float, ...]] = {}
@@ -165,6 +175,8 @@ class SpaceCosts:
         row = [float(sum(column)) for column in zip(*costs, strict=True)]
         if self.latency is not None:
             row[-1] += self._constant
+        if self.memory_batch is not None:
+            row.append(float(memory_bytes(self.space, arch, self.memory_batch)))
         self._rows[arch] = tuple(row)
         return self._rows[arch]
 
@@ -179,7 +191,12 @@ class SpaceCosts:
             "space": self.space.fingerprint(),
             "metrics": list(self.metrics),
             "latency": None if self.latency is None else self.latency.to_json(),
+            **({} if self.memory_batch is None else {"memory_batch": self.memory_batch}),
         }
+
+    def with_latency(self, latency: LatencyModel) -> SpaceCosts:
+        """The same metrics by another predictor."""
+        return SpaceCosts(self.space, latency, self.memory_batch)
 
     @classmethod
     def from_json(cls, record: Json, space: SearchSpace) -> SpaceCosts:
@@ -195,7 +212,7 @@ class SpaceCosts:
             raise StaleArtifact(
                 "a cost table was made for another space or other space settings; remove it to remake it"
             )
-        return cls(space, model)
+        return cls(space, model, record.get("memory_batch"))
 
 
 class CautiousCosts:
@@ -251,8 +268,9 @@ def build_cost_table(
 
     `environment` names what else decides a latency, for the cache's key; by default this machine's
     processors and ONNX Runtime's version (nothing for a device elsewhere). `networks` are measured where
-    the profile has a device. The record holds `SpaceCosts.to_json` beside what it is of (`identity`), every
-    measurement, the seed, the seconds, and whether it came from the cache.
+    the profile has a device; memory is offered where a tier limits it and the space allows. The record
+    holds `SpaceCosts.to_json` beside what it is of (`identity`), every measurement, the seed, the seconds,
+    and whether it came from the cache.
     """
     identity: Json = {
         "space": space.fingerprint(),
@@ -263,15 +281,16 @@ def build_cost_table(
         "version": VERSION,
     }
     path = cache_dir / f"costs-{sha256_json(identity)[:16]}.json"
+    memory_batch = profile.batch if profile.limits(MEMORY) and offers_memory(space) else None
     cached = _cached(path, identity, space)
     if cached is not None:
-        return cached
+        return SpaceCosts(space, cached[0].latency, memory_batch), cached[1]
     started = time.perf_counter()
     latency: LatencyModel | None = None
     records: list[LatencyRecord] = []
     if profile.measures_latency:
         latency, records = _measured(space, profile, networks, measure, seed, progress)
-    table = SpaceCosts(space, latency)
+    table = SpaceCosts(space, latency, memory_batch)
     record: Json = {
         **table.to_json(),
         "identity": identity,
@@ -338,9 +357,12 @@ def _measured(
 def export_for_timing(
     space: SearchSpace, arch: Arch, path: Path, profile: DeviceProfile, *, seed: int
 ) -> None:
-    """An untrained member as a file that is only timed; the same seed gives the same file."""
+    """An untrained member as a file that is only timed, in the precision that the profile times; the same
+    seed gives the same file."""
     network = untrained(space, arch, seed=seed)
     export_skeleton(network, path, image_shape=space.image_shape, batch=profile.batch, opset=profile.opset)
+    if profile.timed_precision == "fp16":
+        to_float16(path, path)
 
 
 def untrained(space: SearchSpace, arch: Arch, *, seed: int) -> nn.Module:

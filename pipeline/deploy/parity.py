@@ -21,12 +21,36 @@ from pipeline.types import Json
 if TYPE_CHECKING:
     from torch import nn
 
+    from pipeline.devices.session import RuntimeSettings
+
 MAX_ABS_ERROR = 1e-4
 MIN_TOP1_AGREEMENT = 0.999
 DYNAMIC_BATCHES = (1, 2, 7)
 
 Float32Array = NDArray[np.float32]
 Logits = Callable[[Float32Array], Float32Array]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What a file's logits are held to, against those of the trained network."""
+
+    max_abs_error: float
+    min_top1_agreement: float
+
+    def problem(self, record: ParityRecord) -> str | None:
+        """What does not hold, in words; None where all does."""
+        if not record.max_abs_error <= self.max_abs_error:
+            return (
+                f"logits are off by up to {record.max_abs_error:.2g}, more than the {self.max_abs_error:g} "
+                "allowed"
+            )
+        if record.top1_agreement < self.min_top1_agreement:
+            return (
+                f"{record.top1_agreement:.2%} of {record.images} images keep their class, fewer than "
+                f"{self.min_top1_agreement:.1%}"
+            )
+        return None
 
 
 @dataclass(frozen=True)
@@ -47,23 +71,35 @@ class ParityRecord:
         return {**asdict(self), "batches": list(self.batches)}
 
 
-def check_parity(network: nn.Module, onnx_path: Path, images: Iterable[Float32Array]) -> ParityRecord:
+def check_parity(
+    network: nn.Module,
+    onnx_path: Path,
+    images: Iterable[Float32Array],
+    gate: Gate | None = None,
+    runtime: RuntimeSettings | None = None,
+) -> ParityRecord:
     """Run the network (evaluation mode, CPU) and the file on batches of normalised images (N, C, H, W).
 
     A file with a dynamic batch is also run on batches of 1, 2 and 7; a static one on batches of its own size.
     Raises ParityError as `check_logits` does; the network is left as it was.
     """
     logits = _module_logits(network)
-    return check_logits(onnx_path, ((batch, logits(batch)) for batch in images))
+    return check_logits(onnx_path, ((batch, logits(batch)) for batch in images), gate, runtime)
 
 
-def check_logits(onnx_path: Path, expected: Iterable[tuple[Float32Array, Float32Array]]) -> ParityRecord:
-    """Compare a file's logits with expected ones, given as (images (N, C, H, W), logits (N, classes)).
+def check_logits(
+    onnx_path: Path,
+    expected: Iterable[tuple[Float32Array, Float32Array]],
+    gate: Gate | None = None,
+    runtime: RuntimeSettings | None = None,
+) -> ParityRecord:
+    """Compare a file's logits with expected ones, given as (images (N, C, H, W), logits (N, classes)). The
+    file runs on the provider of `runtime`, by default on the CPU.
 
-    Raises ParityError when a logit is off by more than 1e-4 or not a number, or when fewer than 99.9 % of the
-    images keep their class.
+    Raises ParityError when a logit is off by more than the gate allows (1e-4) or not a number, or when fewer
+    images keep their class than it wants (99.9 %).
     """
-    logits, fixed_batch = _file_logits(onnx_path)
+    logits, fixed_batch = _file_logits(onnx_path, runtime)
     abs_error = rel_error = 0.0
     images = agreeing = 0
     sizes: set[int] = set()
@@ -89,15 +125,20 @@ def check_logits(onnx_path: Path, expected: Iterable[tuple[Float32Array, Float32
     record = ParityRecord(
         abs_error, rel_error, agreeing / images, images, tuple(sorted(sizes)), sha256_file(onnx_path)
     )
-    _enforce(record, onnx_path)
+    _enforce(record, onnx_path, gate or Gate(MAX_ABS_ERROR, MIN_TOP1_AGREEMENT))
     return record
 
 
-def onnx_accuracy(onnx_path: Path, batches: Iterable[tuple[Float32Array, NDArray[Any]]]) -> float:
-    """Share of correct answers of a file, in [0, 1], over batches of (normalised images, labels (N,)).
+def onnx_accuracy(
+    onnx_path: Path,
+    batches: Iterable[tuple[Float32Array, NDArray[Any]]],
+    runtime: RuntimeSettings | None = None,
+) -> float:
+    """Share of correct answers of a file, in [0, 1], over batches of (normalised images, labels (N,)). The
+    file runs on the provider of `runtime`, by default on the CPU.
 
     A static file is run image block by image block; the last, smaller block is filled up with zeros."""
-    logits, fixed_batch = _file_logits(onnx_path)
+    logits, fixed_batch = _file_logits(onnx_path, runtime)
     right = images = 0
     for batch, labels in batches:
         answers = np.concatenate(
@@ -129,12 +170,16 @@ def _module_logits(network: nn.Module) -> Logits:
     return logits
 
 
-def _file_logits(onnx_path: Path) -> tuple[Logits, int | None]:
+def _file_logits(onnx_path: Path, runtime: RuntimeSettings | None) -> tuple[Logits, int | None]:
     """The file as a function, and its batch where that is fixed."""
-    from pipeline.devices.session import open_session
+    from pipeline.devices.session import CPU, open_session
 
     session = open_session(
-        onnx_path, provider="CPUExecutionProvider", provider_options={}, threads=1, spinning=True
+        onnx_path,
+        provider=CPU if runtime is None else runtime.provider,
+        provider_options={} if runtime is None else runtime.provider_options,
+        threads=1,
+        spinning=True,
     )
     entry = session.get_inputs()[0]
 
@@ -164,14 +209,9 @@ def _worst(error: NDArray[np.float64]) -> float:
     return worst if np.isfinite(worst) else float("inf")
 
 
-def _enforce(record: ParityRecord, onnx_path: Path) -> None:
-    if not record.max_abs_error <= MAX_ABS_ERROR:
+def _enforce(record: ParityRecord, onnx_path: Path, gate: Gate) -> None:
+    problem = gate.problem(record)
+    if problem is not None:
         raise ParityError(
-            f"{onnx_path}: logits are off by up to {record.max_abs_error:.2g}, more than the "
-            f"{MAX_ABS_ERROR:g} allowed: the file does not compute what the network computes; do not ship it"
-        )
-    if record.top1_agreement < MIN_TOP1_AGREEMENT:
-        raise ParityError(
-            f"{onnx_path}: {record.top1_agreement:.2%} of {record.images} images keep their class, fewer "
-            f"than {MIN_TOP1_AGREEMENT:.1%}: do not ship it"
+            f"{onnx_path}: {problem}: the file does not compute what the network computes; do not ship it"
         )

@@ -165,7 +165,8 @@ def _family_entry(tier: Json) -> Json:
 
 def _public(file: Json) -> Json:
     tolerance = float((file.get("parity") or {}).get("tolerance") or TOLERANCE)
-    return {"path": file["path"], "role": file["role"], "tolerance": tolerance}
+    precision = file.get("precision", "fp32")
+    return {"path": file["path"], "role": file["role"], "tolerance": tolerance, "precision": precision}
 
 
 def _as_recorded(run: Path, file: Json) -> Path:

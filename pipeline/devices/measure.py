@@ -35,7 +35,14 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from pipeline import errors
-from pipeline.devices.hardware import cpu_model, gpu_models, load_average, quiet_cores, usable_cores
+from pipeline.devices.hardware import (
+    cpu_model,
+    gpu_models,
+    load_average,
+    quiet_cores,
+    resident_bytes,
+    usable_cores,
+)
 from pipeline.devices.session import CPU, NVIDIA, RuntimeSettings, open_session
 from pipeline.errors import BudgetlineError, ExportError, MeasurementError, ProfileError
 
@@ -81,13 +88,18 @@ _INPUT_TYPES = {
 
 
 class Network:
-    """An open ONNX file with a random input of its shape, ready to run."""
+    """An open ONNX file with a random input of its shape, ready to run.
+
+    `resident_bytes` is by how much opening it and warming it up has grown this process, on a CPU; what the
+    runtime needs once is in the first file's of a kind."""
 
     def __init__(self, path: Path, settings: RuntimeSettings, rng: np.random.Generator) -> None:
         self.path = path
         self.sha256 = _sha256(path)
         self.warmup: dict[str, Any] = {}
         self.first_run_ms = float("nan")
+        self.resident_bytes: int | None = None
+        self._resident_before = resident_bytes() if settings.provider == CPU else None
         session = open_session(
             path,
             provider=settings.provider,
@@ -111,6 +123,8 @@ class Network:
             if (stable and seconds >= WARMUP_SECONDS) or seconds >= WARMUP_LIMIT_SECONDS:
                 break
         self.warmup = {"runs": len(times), "seconds": round(seconds, 3), "stable": stable}
+        if self._resident_before is not None:
+            self.resident_bytes = (resident_bytes() or 0) - self._resident_before
 
     def block(self) -> Samples:
         """Run times in ms of one block: 30 ms of runs, and at least five."""
@@ -346,7 +360,7 @@ def time_models(
                 level_ms=level_ms,
                 nominal_ms=reference_nominal_ms or level_ms,
             ),
-            "context": {**context, "warmup": network.warmup},
+            "context": {**context, "warmup": network.warmup, "resident_bytes": network.resident_bytes},
             **({"visits": _values_ms(measurement.kept(i))} if with_visits else {}),
         }
         for i, network in enumerate(networks)

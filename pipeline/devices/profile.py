@@ -45,6 +45,14 @@ class TierSettings(Settings):
         return _folder_name(name)
 
 
+class Int8Settings(Settings):
+    """What an int8 file is made from, and what it may lose: percentage points of accuracy on the architecture
+    split, against the float32 file."""
+
+    max_accuracy_drop: float = Field(default=1.0, ge=0, le=100)
+    calibration_images: int = Field(default=512, ge=1)
+
+
 class DeviceProfile(Settings):
     """How networks run on one device, and what its tiers are.
 
@@ -52,7 +60,9 @@ class DeviceProfile(Settings):
     all. `threads: null` means every core the process may use. `measured: elsewhere` is a device that is not
     this machine: what is to be timed travels there in a kit (`pipeline.devices.kit`). `lane` is the block
     of channels that the device computes at a time: widths are multiples of it. `operations` names the block
-    types a space may use; None leaves it to the space."""
+    types a space may use; None leaves it to the space. A `precision` below fp32 gives every tier a second
+    file, which is its answer where it is faster and loses no more than is allowed (`pipeline.deploy.answer`);
+    `int8` says how it is made."""
 
     name: str
     description: str = ""
@@ -62,7 +72,8 @@ class DeviceProfile(Settings):
     threads: int | None = Field(default=1, gt=0)
     spinning: bool = True
     batch: int = Field(default=1, gt=0)
-    precision: str = "fp32"
+    precision: Literal["fp32", "fp16", "int8"] = "fp32"
+    int8: Int8Settings = Int8Settings()
     opset: int = Field(default=20, ge=18, le=23)
     lane: int = Field(default=16, gt=0)
     operations: tuple[str, ...] | None = None
@@ -80,13 +91,6 @@ class DeviceProfile(Settings):
     def _is_provider(cls, provider: str) -> str:
         return canonical_provider(provider)
 
-    @field_validator("precision")
-    @classmethod
-    def _is_known_precision(cls, precision: str) -> str:
-        if precision != "fp32":
-            raise ValueError("only 'fp32' is supported so far")
-        return precision
-
     @field_validator("operations")
     @classmethod
     def _are_operations(cls, operations: tuple[str, ...] | None) -> tuple[str, ...] | None:
@@ -100,6 +104,7 @@ class DeviceProfile(Settings):
             raise ValueError("'provider_options' has no effect with the CPU provider; remove it")
         if self.provider == NO_DEVICE:
             self._refuse_device_fields()
+        self._refuse_idle_precision()
         if self.elsewhere and self.threads is None:
             raise ValueError(
                 "'threads' is null, but a device elsewhere does not tell its cores here: give a number"
@@ -122,6 +127,24 @@ class DeviceProfile(Settings):
                 f"'{min(idle)}' has no effect without a provider ('provider' is none); remove it"
             )
 
+    def _refuse_idle_precision(self) -> None:
+        if self.provider == NO_DEVICE and self.precision != "fp32":
+            raise ValueError(
+                f"'precision: {self.precision}' has no effect without a provider ('provider' is none): it is "
+                "for what is faster there; remove it"
+            )
+        if self.provider == CPU and self.precision == "fp16":
+            raise ValueError(
+                "'precision: fp16' is for GPUs: ONNX Runtime's CPU provider computes it in float32; take int8"
+            )
+        if self.precision != "int8" and "int8" in self.model_fields_set:
+            raise ValueError("'int8' has no effect unless 'precision' is int8; remove it, or set that")
+
+    @property
+    def timed_precision(self) -> Literal["fp32", "fp16"]:
+        """What the search's latencies are of. Int8 needs a trained network, so there they are float32's."""
+        return "fp16" if self.precision == "fp16" else "fp32"
+
     @property
     def measures_latency(self) -> bool:
         """Whether there is a device to measure on. Without one, no tier limits latency."""
@@ -134,10 +157,13 @@ class DeviceProfile(Settings):
 
     @model_serializer(mode="wrap")
     def _only_what_differs(self, serialise: SerializerFunctionWrapHandler) -> Json:
-        """A device that is here is written as before there were others, so that hashes of it stay."""
+        """A device that is here is written as before there were others, so that hashes of it stay; so is one
+        without int8."""
         values: Json = serialise(self)
         if not self.elsewhere:
             values.pop("measured", None)
+        if self.precision != "int8":
+            values.pop("int8", None)
         return values
 
     def limits(self, metric: str) -> bool:
@@ -169,7 +195,7 @@ class DeviceProfile(Settings):
             threads=self.threads or len(usable_cores()),
             spinning=self.spinning,
             batch=self.batch,
-            precision=self.precision,
+            precision=self.timed_precision,
         )
 
     def fingerprint(self) -> Json:

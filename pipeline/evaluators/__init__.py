@@ -47,8 +47,60 @@ def _relaxed() -> EvaluatorEntry:
     return EvaluatorEntry(RelaxedSettings, RelaxedSupernet, frozenset({"relaxed"}))
 
 
+def _relaxed_adversarial() -> EvaluatorEntry:
+    from pipeline.evaluators.adversarial import AdversarialSettings, make_adversarial
+
+    return EvaluatorEntry(AdversarialSettings, make_adversarial, frozenset({"relaxed"}))
+
+
+def _eproxy() -> EvaluatorEntry:
+    from pipeline.evaluators.eproxy import EproxySettings, make_eproxy
+
+    return EvaluatorEntry(EproxySettings, make_eproxy)
+
+
+def _params() -> EvaluatorEntry:
+    from pipeline.evaluators.proxies import CountSettings, make_params
+
+    return EvaluatorEntry(CountSettings, make_params)
+
+
+def _flops() -> EvaluatorEntry:
+    from pipeline.evaluators.proxies import CountSettings, make_flops
+
+    return EvaluatorEntry(CountSettings, make_flops)
+
+
+def _synflow() -> EvaluatorEntry:
+    from pipeline.evaluators.proxies import make_synflow
+    from pipeline.evaluators.scores import ScoreSettings
+
+    return EvaluatorEntry(ScoreSettings, make_synflow)
+
+
+def _nwot() -> EvaluatorEntry:
+    from pipeline.evaluators.proxies import make_nwot
+    from pipeline.evaluators.scores import ImageScoreSettings
+
+    return EvaluatorEntry(ImageScoreSettings, make_nwot)
+
+
+def _jacov() -> EvaluatorEntry:
+    from pipeline.evaluators.proxies import make_jacov
+    from pipeline.evaluators.scores import ImageScoreSettings
+
+    return EvaluatorEntry(ImageScoreSettings, make_jacov)
+
+
 EVALUATORS: dict[str, Callable[[], EvaluatorEntry]] = {
     "one-shot": _one_shot,
     "relaxed": _relaxed,
+    "relaxed-adversarial": _relaxed_adversarial,
+    "eproxy": _eproxy,
+    "params": _params,
+    "flops": _flops,
+    "synflow": _synflow,
+    "nwot": _nwot,
+    "jacov": _jacov,
 }
 """Name → a function that imports the evaluator: most of them need torch, and a catalogue must not."""

@@ -44,35 +44,87 @@ def costs_entry(record: Json) -> Json:
     }
 
 
-def tier_entry(root: Path, tier: Tier, folder: Path, records: Mapping[str, Json], timed_file: str) -> Json:
-    """One tier from the records of its stages. `timed_file` is the name of the file that was timed."""
+def tier_entry(root: Path, tier: Tier, folder: Path, records: Mapping[str, Json], timed_role: str) -> Json:
+    """One tier from the records of its stages. `timed_role` is the role of the files that were timed."""
     derived, trained, exported = records["derive"], records["retrain"], records["export"]
-    measured, timed = records["measure"]["measured"], records["measure"]["latency"]
-    latency = None if timed is None else LatencyRecord(**timed)
-    files = [
-        manifest.file_entry(
+    measured, lower = records["measure"], exported.get("lower")
+    accuracy = {"architecture": trained["accuracy"] / 100, "test": exported["accuracy"]["test"]}
+    in_runtime = {"test": exported["accuracy"]["test_onnxruntime"]}
+    files, answer, precision = [], exported["files"], None
+    if lower is not None:
+        in_runtime["architecture"] = lower["float32_architecture"]
+        precision = precision_entry(lower, measured, in_runtime)
+        if precision["answer"] == lower["precision"]:
+            answer, accuracy = lower["files"], lower["accuracy"]
+    files += _onnx_entries(root, folder, exported["files"], "fp32", timed_role, measured, in_runtime)
+    if lower is not None:
+        files += _onnx_entries(
             root,
-            folder / file["name"],
-            role,
-            latency=latency if file["name"] == timed_file else None,
-            parity=file["parity"],
-            accuracy={"test": exported["accuracy"]["test_onnxruntime"]} if role == "onnx" else None,
+            folder,
+            lower["files"],
+            lower["precision"],
+            timed_role,
+            measured["lower"],
+            lower["accuracy"],
         )
-        for role, file in exported["files"].items()
-    ]
     files.append(manifest.file_entry(root, folder / "weights.safetensors", "weights"))
     files.append(manifest.file_entry(root, folder / "samples.npz", "samples"))
     return manifest.tier_entry(
         tier,
         Arch.from_json(derived["arch"]),
         description=derived["description"],
-        measured=measured,
+        measured=measured["measured"],
         predicted=derived["predicted"],
-        accuracy={"architecture": trained["accuracy"] / 100, "test": exported["accuracy"]["test"]},
+        accuracy={**accuracy, "attacks": exported["accuracy"].get("attacks", [])},
         training={key: trained[key] for key in _TRAINING},
         files=files,
-        answer=(folder / timed_file).relative_to(root).as_posix(),
+        answer=(folder / answer[timed_role]["name"]).relative_to(root).as_posix(),
+        precision=precision,
     )
+
+
+def _onnx_entries(
+    root: Path,
+    folder: Path,
+    files: Mapping[str, Json],
+    precision: manifest.Precision,
+    timed_role: str,
+    measured: Json,
+    accuracy: Mapping[str, float],
+) -> list[Json]:
+    """The files of one precision: the accuracy is that of the one that takes any batch, the latency that of
+    the one that was timed."""
+    timed = measured["latency"]
+    latency = None if timed is None else LatencyRecord(**timed)
+    return [
+        manifest.file_entry(
+            root,
+            folder / files[role]["name"],
+            role,
+            precision=precision,
+            latency=latency if role == timed_role else None,
+            parity=files[role]["parity"],
+            accuracy=accuracy if role == "onnx" else None,
+        )
+        for role in manifest.ONNX_ROLES
+    ]
+
+
+def precision_entry(lower: Json, measured: Json, float32_accuracy: Mapping[str, float]) -> Json:
+    """What came of the precision that was asked for; accuracies are of the files in ONNX Runtime."""
+    made = lower["made"]
+    return {
+        "asked": lower["precision"],
+        "answer": measured["precision"],
+        "reason": measured["reason"],
+        "speed_up": measured["latency"]["latency_ms"] / measured["lower"]["latency"]["latency_ms"],
+        "accuracy_drop": {
+            split: 100 * (float32_accuracy[split] - lower["accuracy"][split])
+            for split in ("architecture", "test")
+        },
+        "allowed_drop": lower["allowed_drop"],
+        **{key: made[key] for key in ("layers", "kept_float", "calibration_images") if key in made},
+    }
 
 
 def ranking_entry(tried: Sequence[tuple[Tier, Sequence[Trial]]], settings: DeriveSettings) -> Json | None:

@@ -39,6 +39,7 @@ METRIC_TITLES = {
     "params": "parameters",
     "flops": "FLOPs",
     "weight_bytes": "size of the weights",
+    "memory_bytes": "memory",
 }
 
 

@@ -65,18 +65,34 @@ def _device(manifest: Json, name: str, tiers: list[Json]) -> Json:
     metrics = [m for m in METRIC_TITLES if any(m in tier["measured"] for tier in tiers)]
     metrics += sorted({m for tier in tiers for m in tier["measured"]} - set(metrics))
     limited = [m for m in metrics if any(m in tier["budgets"] for tier in tiers)]
+    drawn = [metric for metric in metrics if metric != "memory_bytes" or metric in limited]
     names = [tier["name"] for tier in sorted(tiers, key=lambda tier: float(tier["params"]))]
     return {
         "name": name,
         "profile": manifest["profiles"][name],
         "costs": manifest["costs"].get(name),
         "tiers": [{**tier, "file": answer_file(tier)} for tier in tiers],
+        "precisions": [(tier, _both_files(tier)) for tier in tiers if tier.get("precision")],
         "limited": limited,
         "free": [metric for metric in ("params", "flops", "weight_bytes") if metric not in limited],
         "colours": tier_colours(names),
         "recipes": _recipes(tiers),
-        "charts": [accuracy_chart(tiers, metric) for metric in metrics],
+        "charts": [accuracy_chart(tiers, metric) for metric in drawn],
     }
+
+
+def _both_files(tier: Json) -> Json:
+    """The float32 file and the one of the precision asked for, of the role that was timed, with the accuracy
+    of their kind."""
+    role = answer_file(tier)["role"]
+
+    def file_of(precision: str) -> Json:
+        files = [file for file in tier["files"] if file["precision"] == precision]
+        timed = next(file for file in files if file["role"] == role)
+        accuracy = next(file["accuracy"] for file in files if file["role"] == "onnx")
+        return {**timed, "accuracy": accuracy}
+
+    return {"float32": file_of("fp32"), "lower": file_of(tier["precision"]["asked"])}
 
 
 def _recipes(tiers: Sequence[Json]) -> list[tuple[list[str], Json]]:

@@ -86,7 +86,8 @@ class LatencyEntry(_OpenEntry):
 
 
 class ParityEntry(_OpenEntry):
-    """A file's logits against those of the trained network, over `images` images of the data."""
+    """A file's logits against those of the trained network, over `images` images of the data. In an int8 file
+    `tolerance` is towards its own logits as they were when it was made."""
 
     max_abs_error: NotNegative
     max_rel_error: NotNegative
@@ -103,8 +104,9 @@ class FileAccuracyEntry(_OpenEntry):
 
 
 class FileEntry(_Entry):
-    """A file of a tier. `onnx` takes any batch, `onnx-batch1` one image; `weights` are safetensors; `samples`
-    is an .npz with a few network inputs `images` (N, C, H, W) and the expected `logits` (N, classes)."""
+    """A file of a tier. `onnx` takes any batch, `onnx-batch1` one image, both float32 images whatever their
+    precision; `weights` are safetensors; `samples` is an .npz with a few network inputs `images` (N, C, H, W)
+    and the expected `logits` (N, classes), and `logits_int8` where there are int8 files."""
 
     path: RelativePath = Field(description="relative to the manifest's folder, with forward slashes")
     role: Role
@@ -129,12 +131,17 @@ class LimitEntry(_Entry):
 
 
 class AttackEntry(_OpenEntry):
-    """Accuracy on images changed by an attack, each pixel (in 0..1) by at most `epsilon`."""
+    """Accuracy of the trained network (float32) on images changed by an attack, each pixel (in 0..1) by at
+    most `epsilon`, in `steps` of `step_size`; over `images` images of the test split, of which it gets the
+    share `clean` right as they are."""
 
     attack: str
     epsilon: Positive
     accuracy: Share
     steps: Count | None = None
+    step_size: Positive | None = None
+    images: Count | None = None
+    clean: Share | None = None
 
 
 class AccuracyEntry(_OpenEntry):
@@ -164,6 +171,29 @@ class TrainingEntry(_OpenEntry):
     recipe: dict[str, JsonValue]
 
 
+class DropEntry(_OpenEntry):
+    """Accuracy lost against the float32 file, in percentage points; negative where it came out better."""
+
+    architecture: float
+    test: float
+
+
+class PrecisionEntry(_OpenEntry):
+    """What came of the precision that a profile asked for: whether the files of it are the tier's answer, and
+    why. `speed_up` is the float32 file's latency over theirs; `kept_float` names the layers, of `layers`
+    convolutions and matrix products, that were left in float32."""
+
+    asked: Precision
+    answer: Precision
+    reason: str
+    speed_up: Positive
+    accuracy_drop: DropEntry
+    allowed_drop: NotNegative | None = Field(None, description="on the architecture split")
+    layers: Count | None = None
+    kept_float: tuple[str, ...] = ()
+    calibration_images: Count | None = None
+
+
 class TierEntry(_Entry):
     """One network of the family: what it had to keep on its device, what it came to, and its files.
 
@@ -183,6 +213,7 @@ class TierEntry(_Entry):
     predicted: dict[Metric, NotNegative] = Field(description="costs as the search saw them")
     training: TrainingEntry
     answer: RelativePath = Field(description="path of the file that `measured` is of: the network to use")
+    precision: PrecisionEntry | None = Field(None, description="null where only float32 was asked for")
     files: Annotated[tuple[FileEntry, ...], Field(min_length=1)]
 
 
@@ -343,9 +374,11 @@ def tier_entry(
     training: Json,
     files: Sequence[Json],
     answer: str,
+    precision: Json | None = None,
 ) -> Json:
     """One tier. `tier` has absolute limits; `measured` names every metric of its budgets, and `params` and
-    `flops`; `files` come from `file_entry`; `answer` is the path of the one that `measured` is of."""
+    `flops`; `files` come from `file_entry`; `answer` is the path of the one that `measured` and `accuracy`
+    are of; `precision` is a `PrecisionEntry` where one below float32 was asked for."""
     budgets = tier.budgets
     return {
         "device": tier.device,
@@ -364,6 +397,7 @@ def tier_entry(
         "predicted": dict(predicted),
         "training": training,
         "answer": answer,
+        "precision": precision,
         "files": list(files),
     }
 
@@ -519,6 +553,8 @@ def _contradictions(
         yield ("answer",), f"{tier['answer']!r} is not among the tier's ONNX files"
     elif measured.get("latency_ms") not in (None, (answer.get("latency") or {}).get("latency_ms")):
         yield ("measured", "latency_ms"), "is not the latency of the answer's file"
+    elif tier.get("precision") and tier["precision"]["answer"] != answer.get("precision", "fp32"):
+        yield ("precision", "answer"), "is not the precision of the answer's file"
 
 
 # ---------------------------------------------------------------------------------------------- small answers

@@ -10,7 +10,7 @@ from pipeline.report.manifest import tier_key
 from pipeline.types import Json
 
 ANYWHERE = ("params", "flops", "weight_bytes")
-"""Metrics that mean the same on every device."""
+"""Metrics that mean the same on every device; memory is for its batch."""
 
 
 def select(manifest: Json, limits: Mapping[str, float], device: str | None = None) -> Json | None:

@@ -1,6 +1,6 @@
 """The search methods. A new one is a file with a METHOD, and a line here."""
 
-from pipeline.search import asng, darts, darts_prime, evolution, importance, random
+from pipeline.search import asng, darts, darts_prime, e2rnas, evolution, importance, random
 from pipeline.search.base import SearchMethod
 
 METHODS: dict[str, SearchMethod] = {
@@ -10,4 +10,5 @@ METHODS: dict[str, SearchMethod] = {
     "evolution": evolution.METHOD,
     "darts": darts.METHOD,
     "darts-prime": darts_prime.METHOD,
+    "e2rnas": e2rnas.METHOD,
 }

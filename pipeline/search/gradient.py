@@ -146,13 +146,25 @@ class NoPull:
         return memory
 
 
+class Combine(Protocol):
+    """Makes one direction of several objectives."""
+
+    def __call__(
+        self, gradients_JEO: FloatArray, alpha_EO: FloatArray, mask_EO: Mask, tier: Tier
+    ) -> tuple[FloatArray, Json]:
+        """From the losses' gradients by the mixture, the one by the mixture that α goes down, before pulls
+        and limits; and what of it is worth tracing."""
+        ...
+
+
 class Rules(NamedTuple):
     """What tells gradient methods apart. Without a `pace` every minibatch moves α (the static
-    schedule)."""
+    schedule); without `combine` α goes down the first loss alone."""
 
     activation: Activation
     pace: Pace | None
     pull: Pull
+    combine: Combine | None = None
 
 
 class TierState(NamedTuple):
@@ -372,14 +384,14 @@ class _Search:
         candidates."""
         at, rules = self.problem.warm_up + self.step, self.rules
         moves, schedule = self._decide()
-        loss = self._move(at) if moves else None
+        moved = self._move(at) if moves else {}
         state = self._state
         info = self._fit(rules.activation.mix(state.alpha_EO, state.mask_EO), at)
         if rules.pace is not None:
             schedule = relaxation.observe(schedule, rules.pace, info.grad_sq_norm)
         alpha_EO, mask_EO = rules.activation.prune(state.alpha_EO, state.mask_EO)
         self.state = state._replace(alpha_EO=alpha_EO, mask_EO=mask_EO, schedule_2=np.array(schedule))
-        record = self._record(info, loss)
+        record = self._record(info, moved)
         self.iteration += 1
         self.step += 1
         if self.step == self.steps[self.tier]:
@@ -399,14 +411,14 @@ class _Search:
         schedule = self._state.schedule
         return (True, schedule) if self.rules.pace is None else relaxation.decide(schedule, self.rules.pace)
 
-    def _move(self, at: int) -> float:
-        """A step of α; the loss of the mixture it started from."""
+    def _move(self, at: int) -> Json:
+        """A step of α; what is told of it, such as the loss of the mixture it started from."""
         state, activation = self._state, self.rules.activation
         moves = int(state.moves)
         if moves and moves % self.config.cost_every == 0:
             state = state._replace(**self._costs(self._mix_EO, moves)._asdict())
         mix_EO = activation.mix(state.alpha_EO, state.mask_EO)
-        loss, gradient_EO = self._loss(mix_EO, at)
+        moved, gradient_EO = self._objectives(state, mix_EO, at)
         where = Where(self.step / self.steps[self.tier], moves, self._disc, self.cell_E)
         _, pull_EO = self.rules.pull.gradient(mix_EO, state.mask_EO, state.memory, where)
         gradient_EO = gradient_EO + pull_EO
@@ -427,14 +439,20 @@ class _Search:
             multiplier_L=multiplier_L,
         )
         self._visit()
-        return loss
+        return moved
 
-    def _loss(self, mix_EO: FloatArray, at: int) -> tuple[float, FloatArray]:
+    def _objectives(self, state: TierState, mix_EO: FloatArray, at: int) -> tuple[Json, FloatArray]:
+        """What is told of the mixture's losses, and the gradient that α goes down for them."""
         losses_J, gradients_JEO = self.evaluator.losses_and_grads(mix_EO, step=at)
         self.evaluations += 1
-        if not (math.isfinite(losses_J[0]) and np.isfinite(gradients_JEO[0]).all()):
-            raise self._diverged("loss of the mixture, or its gradient,", float(losses_J[0]))
-        return float(losses_J[0]), gradients_JEO[0]
+        if not (np.isfinite(losses_J).all() and np.isfinite(gradients_JEO).all()):
+            raise self._diverged("loss of the mixture, or its gradient,", float(losses_J.sum()))
+        moved: Json = {"loss": float(losses_J[0])}
+        if self.rules.combine is None:
+            return moved, gradients_JEO[0]
+        tier = self.problem.tiers[self.tier]
+        gradient_EO, told = self.rules.combine(gradients_JEO, state.alpha_EO, state.mask_EO, tier)
+        return moved | told, gradient_EO
 
     def _fit(self, mix_EO: FloatArray, at: int) -> FitInfo:
         info = self.evaluator.fit(mix_EO, step=at)
@@ -564,8 +582,8 @@ class _Search:
 
     # -------------------------------------------------------------------------------------- for people
 
-    def _record(self, info: FitInfo, loss: float | None) -> Json:
-        """Of one minibatch; the tier's part has the loss of the mixture where α moved."""
+    def _record(self, info: FitInfo, moved: Json) -> Json:
+        """Of one minibatch; the tier's part has what is told of a step of α."""
         state, tier, mix_EO = self._state, self.problem.tiers[self.tier], self._mix_EO
         cost_L, _ = relaxation.expected_cost(state.costs, mix_EO)
         metrics = [limit.metric for limit in tier.limits]
@@ -578,13 +596,11 @@ class _Search:
             "operations": int((mix_EO > 0).sum()),
             "choices": list(next(reversed(self.visited)).choices) if self.visited else None,
         }
-        if loss is not None:
-            own["loss"] = loss
         record: Json = {"iteration": self.iteration, "stage": "search", **_fit_record(info)}
         if self.rules.pace is not None:
             smoothed, threshold = state.schedule
             record |= {"smoothed_grad_sq_norm": smoothed, "tau": threshold}
-        return {**record, "tiers": [own]}
+        return {**record, "tiers": [own | moved]}
 
     # ------------------------------------------------------------------------------------------ checkpoints
 

@@ -1,6 +1,7 @@
 """How a network is trained: SGD with a linear warm-up and a cosine decay (Loshchilov and Hutter 2016,
 arXiv 1608.03983), label smoothing (Szegedy et al. 2015, arXiv 1512.00567), averaged weights, distillation
-(Hinton et al. 2015, arXiv 1503.02531).
+(Hinton et al. 2015, arXiv 1503.02531), adversarial images (Wong, Rice, Kolter 2020, arXiv 2001.03994); and
+how it is attacked once it is trained.
 
 The defaults are for short schedules on a CPU: a high learning rate, small batches, no decay of norms and
 biases (He et al. 2018, arXiv 1812.01187). No torch at import: the command line reads
@@ -10,9 +11,9 @@ recipes before it needs it.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from pipeline.settings import Settings
 
@@ -29,14 +30,46 @@ class Distil(Settings):
     temperature: float = Field(2.0, gt=0, allow_inf_nan=False)
 
 
+Levels = Annotated[float, Field(gt=0, le=255)]
+"""The largest change of a pixel, in grey levels of 255: 2 is the 2/255 of papers."""
+
+
+class Adversarial(Settings):
+    """Training on adversarial images alone: every batch is changed in one step from a random start, against
+    the weights as they stand (`evaluators/attack.py`)."""
+
+    epsilon: Levels = 2.0
+
+
+class Robustness(Settings):
+    """How every finished network is attacked, on `images` of the test split, classes in proportion (all where
+    there are fewer; 0 leaves it out). `fgsm` is one step of ε; `pgd` takes `steps` from the image itself,
+    `reach` times ε together."""
+
+    images: int = Field(1000, ge=0)
+    epsilons: tuple[Levels, ...] = Field((2.0,), min_length=1)
+    attacks: tuple[Literal["fgsm", "pgd"], ...] = Field(("fgsm", "pgd"), min_length=1)
+    steps: int = Field(10, ge=1)
+    reach: float = Field(2.5, gt=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _once_each(self) -> Self:
+        for name in ("epsilons", "attacks"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"'{name}' names one twice: {', '.join(map(str, values))}")
+        return self
+
+
 class Recipe(Settings):
     """One network's training.
 
     `lr` is the peak; `warmup_share` the share of all steps before it; `clip_norm` the largest gradient norm
     and `ema_decay` the averaged weights' memory per step (0 switches either off); `distil` takes effect where
-    there is a teacher (all tiers but the largest); `start` says where the caller takes the first weights
-    from; the architecture split is read every `evaluate_every` epochs, counted back from the last one. bf16
-    is autocast: it pays on GPUs, and slows depthwise networks down on CPUs."""
+    there is a teacher (all tiers but the largest); with `adversarial` all batches are adversarial, and
+    weights are chosen by what FGSM with the same ε leaves of their accuracy; `start` says where the caller
+    takes the first weights from; the architecture split is read every `evaluate_every` epochs, counted back
+    from the last one. bf16 is autocast: it pays on GPUs, and slows depthwise networks down on CPUs."""
 
     epochs: int = Field(20, ge=1)
     batch_size: int = Field(64, ge=2)
@@ -49,6 +82,7 @@ class Recipe(Settings):
     ema_decay: float = Field(0.998, ge=0, lt=1)
     clip_norm: float = Field(0.0, ge=0, allow_inf_nan=False)
     distil: Distil | None = None
+    adversarial: Adversarial | None = None
     start: Literal["scratch", "supernet"] = "scratch"
     precision: Literal["fp32", "bf16"] = "fp32"
     evaluate_every: int = Field(1, ge=1)
@@ -58,6 +92,14 @@ class Recipe(Settings):
         if self.nesterov and self.momentum == 0:
             raise ValueError("'nesterov' needs a 'momentum' above 0: raise it, or set nesterov: false")
         return self
+
+    @model_serializer(mode="wrap")
+    def _leave_out_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `adversarial` a recipe is written, and hashed, as it was before there was any."""
+        values: dict[str, Any] = dump(self)
+        if self.adversarial is None:
+            del values["adversarial"]
+        return values
 
     def steps(self, images: int) -> int:
         """Optimiser steps of the whole training; an incomplete batch at the end of an epoch is left out."""

@@ -1,8 +1,9 @@
 """The resumable training loop: one network, one recipe, the best weights by the architecture split.
 
-A step's batch, augmentation and dropout depend on (seed, step) only, and a checkpoint holds everything else
-the next step reads (weights, momentum, averages, best weights, sums). So a run that was killed anywhere and
-started again ends with the same bits as one that was not (on a CPU, with the same number of threads).
+A step's batch, augmentation, perturbation and dropout depend on (seed, step) only, and a checkpoint holds
+everything else the next step reads (weights, momentum, averages, best weights, sums). So a run that was
+killed anywhere and started again ends with the same bits as one that was not (on a CPU, with the same number
+of threads).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -23,20 +25,22 @@ from torch.nn import functional as F
 from pipeline.data.base import ImageTask
 from pipeline.data.batches import Batches
 from pipeline.errors import ConfigError, DivergedTraining
+from pipeline.evaluators import attack
 from pipeline.train.assess import Assessment, evaluate
 from pipeline.train.ema import Ema
-from pipeline.train.recipe import Distil, Recipe, decay_groups
+from pipeline.train.recipe import Adversarial, Distil, Recipe, decay_groups
 from pipeline.types import Arrays, Checkpoint, Json, Progress
 
 _REPORT_SECONDS = 0.5
+_PERTURBATION = 3  # last word of the seeds of perturbations; those of batches are 1 and 2
 Weights = Literal["raw", "ema"]
 
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
     """`train_loss` is the mean over the epoch's steps of what was minimised. Accuracies are top-1 on the
-    architecture split in per cent, losses its mean cross entropy; None where it was not read or no average
-    is kept."""
+    architecture split in per cent, losses its mean cross entropy, under attack where the recipe is
+    adversarial; None where it was not read or no average is kept."""
 
     epoch: int
     train_loss: float
@@ -49,8 +53,8 @@ class Epoch:
 @dataclass(frozen=True)
 class TrainRecord:
     """How a network was trained. `accuracy` (per cent) and `loss` are the kept weights' on the architecture
-    split; `weights` says whether those are the trained or the averaged ones. `seconds` is the time of
-    training and evaluation, over interruptions too; `images_per_second` is of training alone."""
+    split as it is; `weights` says whether those are the trained or the averaged ones. `seconds` is the time
+    of training and evaluation, over interruptions too; `images_per_second` is of training alone."""
 
     epochs: int
     best_epoch: int
@@ -242,7 +246,7 @@ class _Run:
         torch.manual_seed(_step_seed(self.seed, self.step))
         images_NCHW, labels_N = self.batches.at(self.step)
         images_NCHW, labels_N = images_NCHW.to(self.device), labels_N.to(self.device)
-        loss = self._loss(images_NCHW, labels_N)
+        loss = self._loss(self._perturbed(images_NCHW, labels_N), labels_N)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         if self.recipe.clip_norm > 0:
@@ -252,6 +256,21 @@ class _Run:
             self.ema.update(self.step)
         self.step += 1
         self._unread.append(loss.detach())
+
+    def _perturbed(self, images_NCHW: Tensor, labels_N: Tensor) -> Tensor:
+        """What the recipe makes of a batch. It is attacked in evaluation mode: no running statistics change,
+        nothing is dropped."""
+        if self.recipe.adversarial is None:
+            return images_NCHW
+        generator = torch.Generator().manual_seed(_step_seed(self.seed, self.step, _PERTURBATION))
+        self.network.eval()
+        strength = self._strength(self.recipe.adversarial)
+        perturbed = attack.one_step(self.network, images_NCHW, labels_N, **strength, generator=generator)
+        self.network.train()
+        return perturbed
+
+    def _strength(self, adversarial: Adversarial) -> dict[str, Any]:
+        return {"epsilon": adversarial.epsilon / attack.LEVELS, "pixels": attack.Pixels.of(self.task)}
 
     def _loss(self, images_NCHW: Tensor, labels_N: Tensor) -> Tensor:
         bf16 = self.recipe.precision == "bf16"
@@ -306,7 +325,9 @@ class _Run:
 
     def _judge(self, network: nn.Module, epoch: int, weights: Weights) -> Assessment:
         """Evaluate, and keep the weights if they are the best so far."""
-        result = evaluate(network, self.task, "architecture", device=self.device)
+        adversarial = self.recipe.adversarial
+        perturb = partial(attack.fgsm, network, **self._strength(adversarial)) if adversarial else None
+        result = evaluate(network, self.task, "architecture", device=self.device, perturb=perturb)
         if not math.isfinite(result.loss):
             raise self._diverged(self.step - 1, f"the loss on the architecture split is {result.loss}")
         score = (result.accuracy, -result.loss)
@@ -337,6 +358,9 @@ class _Run:
             self.aided.end_training()
         self.network.eval()
         accuracy, negative_loss = self.best_score
+        if self.recipe.adversarial is not None:
+            clean = evaluate(self.network, self.task, "architecture", device=self.device)
+            accuracy, negative_loss = clean.accuracy, -clean.loss
         return TrainRecord(
             epochs=self.recipe.epochs,
             best_epoch=self.best_epoch,
@@ -433,5 +457,5 @@ def _digest(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _step_seed(seed: int, step: int) -> int:
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
+def _step_seed(*words: int) -> int:
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)

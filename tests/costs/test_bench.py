@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.costs import bench as bench_module
-from pipeline.costs.bench import Bench
+from pipeline.costs.bench import SHIPPED_PROCESSES, Bench
 from pipeline.costs.table import LatencyModel
 from pipeline.devices.profile import DeviceProfile
 from pipeline.devices.session import RuntimeSettings
@@ -108,7 +108,7 @@ def test_the_form_that_ships_is_timed_apart(tmp_path: Path, model: LatencyModel)
     params = sum(p.numel() for p in SPACE.build(ARCHS[0]).parameters())
     assert watch.calls[1]["models"] == [f"shipped {params} 1".encode()]
     assert (bench.time(ARCHS[:1])[0], bench.time_as_shipped(ARCHS[0])) == (quick, shipped) != (shipped, quick)
-    assert len(watch.calls) == 2
+    assert len(watch.calls) == 1 + SHIPPED_PROCESSES
 
 
 def test_a_device_that_takes_several_images_gets_the_file_for_any_batch(
@@ -125,6 +125,14 @@ def test_files_are_timed_every_time(tmp_path: Path, model: LatencyModel) -> None
     bench = make(tmp_path, watch, model)
     assert latencies(bench.time_files([file])) + latencies(bench.time_files([file])) == [1.0, 2.0]
     assert [call["models"] for call in watch.calls] == [[b"what ships"]] * 2
+
+
+def test_of_several_processes_the_middle_one_counts(tmp_path: Path, model: LatencyModel) -> None:
+    watch, file = Stopwatch(), tmp_path / "model.onnx"
+    file.write_text("what ships")
+    [found] = make(tmp_path, watch, model).time_files([file], processes=3)
+    assert found.latency_ms == 2.0 and found.context["processes_ms"] == [1.0, 2.0, 3.0]
+    assert [call["seed"] for call in watch.calls] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"latency_ms": 1.0}', "[]"])

@@ -609,8 +609,8 @@ def test_logits_that_differ_are_found(
     folder = unpacked(tmp_path / "check.zip", tmp_path / "board")
     read = on_device.read_samples
 
-    def shifted(path: Path) -> tuple[Any, Any]:
-        images, logits = read(path)
+    def shifted(path: Path, precision: str) -> tuple[Any, Any]:
+        images, logits = read(path, precision)
         return images, logits + 1e-3
 
     monkeypatch.setattr(on_device, "read_samples", shifted)

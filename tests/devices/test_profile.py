@@ -89,7 +89,15 @@ def test_provider_names() -> None:
         ("thread: 1\n" + ONE_TIER, "did you mean 'threads'"),
         ("threads: 0\n" + ONE_TIER, "'threads' is 0"),
         ("batch: 0\n" + ONE_TIER, "'batch' is 0"),
-        ("precision: int8\n" + ONE_TIER, "only 'fp32'"),
+        ("precision: int4\n" + ONE_TIER, "'precision' is 'int4'"),
+        ("precision: fp16\n" + ONE_TIER, "'precision: fp16' is for GPUs"),
+        ("int8: {calibration_images: 9}\n" + ONE_TIER, "'int8' has no effect unless 'precision' is int8"),
+        ("precision: int8\nint8: {images: 9}\n" + ONE_TIER, "unknown key 'int8.images'"),
+        ("precision: int8\nint8: {max_accuracy_drop: -1}\n" + ONE_TIER, "'int8.max_accuracy_drop' is -1"),
+        (
+            "provider: none\nprecision: int8\ntiers: [{name: a, limits: {params: 1 k}}]",
+            "'precision: int8' has no effect without a provider",
+        ),
         ("operations: []\n" + ONE_TIER, "at least one operation"),
         ("provider_options: {a: 1}\n" + ONE_TIER, "'provider_options' has no effect"),
         ("name: search\n" + ONE_TIER, "stage's folder"),
@@ -140,3 +148,21 @@ def test_a_profile_without_a_device_has_nothing_to_run_on() -> None:
     assert profile.fingerprint() == {"provider": "none"}
     with pytest.raises(ProfileError, match="no device"):
         profile.runtime()
+
+
+def test_int8_changes_what_ships_and_not_what_is_searched(write) -> None:  # type: ignore[no-untyped-def]
+    plain = load_profile(write(ONE_TIER))
+    int8 = load_profile(write("precision: int8\n" + ONE_TIER))
+    assert int8.fingerprint() == plain.fingerprint() and int8.timed_precision == "fp32"
+    assert (int8.int8.max_accuracy_drop, int8.int8.calibration_images) == (1.0, 512)
+    half = load_profile(write("provider: cuda\nprecision: fp16\n" + ONE_TIER))
+    assert half.runtime().precision == half.timed_precision == "fp16"
+    assert half.fingerprint() != load_profile(write("provider: cuda\n" + ONE_TIER)).fingerprint()
+
+
+def test_a_profile_without_int8_is_written_as_before_there_was_any(write) -> None:  # type: ignore[no-untyped-def]
+    plain = load_profile(write(ONE_TIER)).model_dump(mode="json")
+    assert "int8" not in plain and plain["precision"] == "fp32"
+    int8 = load_profile(write("precision: int8\nint8: {max_accuracy_drop: 2}\n" + ONE_TIER))
+    assert int8.model_dump(mode="json")["int8"] == {"max_accuracy_drop": 2.0, "calibration_images": 512}
+    assert DeviceProfile.model_validate(int8.model_dump(mode="json", exclude_unset=True)) == int8

@@ -120,11 +120,17 @@ def test_several_devices_attacks_and_a_ranking_that_fails(tmp_path: Path) -> Non
     records = sample_records(tmp_path)
     records["profiles"]["pi"] = records["profiles"]["cpu-1thread"]
     records["tiers"].append({**records["tiers"][0], "device": "pi"})
-    records["tiers"][0]["accuracy"]["attacks"] = [{"attack": "fgsm", "epsilon": 2 / 255, "accuracy": 0.5}]
+    measured = {"steps": 10, "step_size": 0.5 / 255, "images": 1000, "clean": 0.9125}
+    records["tiers"][0]["accuracy"]["attacks"] = [
+        {"attack": "fgsm", "epsilon": 2 / 255, "accuracy": 0.5},
+        {"attack": "pgd", "epsilon": 0.5 / 255, "accuracy": 0.4375, **measured},
+    ]
     records["search"]["ranking"] |= {"spearman": None, "trusted": False, "points": []}
     text = Page(render_report(build_manifest(**records))).text
     assert "The family for cpu-1thread" in text and "The family for pi" in text
-    assert "fgsm" in text and "Not on its own" in text and "not defined" in text
+    assert "S fgsm 2/255 — — — 50.00 %" in text
+    assert "S pgd 0.5/255 10 1 000 91.25 % 43.75 %" in text
+    assert "Not on its own" in text and "not defined" in text
 
 
 def test_values_for_people() -> None:

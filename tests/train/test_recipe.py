@@ -10,7 +10,7 @@ from torch import nn
 
 from pipeline.errors import ConfigError
 from pipeline.settings import parse_settings
-from pipeline.train.recipe import Recipe, decay_groups
+from pipeline.train.recipe import Adversarial, Recipe, Robustness, decay_groups
 
 
 def test_learning_rate_rises_on_a_line_and_falls_on_a_cosine() -> None:
@@ -54,6 +54,8 @@ def test_steps_count_whole_batches() -> None:
         ({"start": "imagenet"}, "'start' is 'imagenet'"),
         ({"distil": {"weight": 0}}, "'distil.weight' is 0"),
         ({"distil": {"temprature": 2}}, "unknown key 'distil.temprature'"),
+        ({"adversarial": {"epsilon": 0}}, "'adversarial.epsilon' is 0"),
+        ({"adversarial": {"eps": 2}}, "unknown key 'adversarial.eps'"),
     ],
 )
 def test_a_wrong_recipe_is_refused_by_name(values: dict[str, object], message: str) -> None:
@@ -78,3 +80,33 @@ def test_frozen_weights_are_in_no_group() -> None:
 def test_a_recipe_is_read_without_torch() -> None:
     script = "import sys, pipeline.train.recipe; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_recipe_without_adversarial_images_is_written_as_before_there_were_any() -> None:
+    """So that trainings of that time are still found to be of the same recipe."""
+    assert "adversarial" not in Recipe().model_dump(mode="json")
+    recipe = Recipe(adversarial=Adversarial(epsilon=4))
+    written = recipe.model_dump(mode="json")
+    assert written["adversarial"] == {"epsilon": 4.0}
+    assert Recipe.model_validate(written) == recipe
+    assert Recipe.model_validate(Recipe().model_dump(mode="json")) == Recipe()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"epsilons": []}, "'epsilons' is "),
+        ({"epsilons": [2, 0]}, "'epsilons.1' is 0"),
+        ({"epsilons": [2, 300]}, "'epsilons.1' is 300"),
+        ({"epsilons": [8, 8]}, "'epsilons' names one twice: 8.0, 8.0"),
+        ({"attacks": ["cw"]}, "'attacks.0' is 'cw'"),
+        ({"attacks": ["pgd", "pgd"]}, "'attacks' names one twice"),
+        ({"images": -1}, "'images' is -1"),
+        ({"steps": 0}, "'steps' is 0"),
+        ({"reach": float("inf")}, "'reach' is inf"),
+        ({"epsilon": 2}, r"unknown key 'epsilon' \(did you mean 'epsilons'"),
+    ],
+)
+def test_wrong_attacks_are_refused_by_name(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_settings(Robustness, values, "run.yaml: robustness")

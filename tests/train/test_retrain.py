@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.artifacts import FileCheckpoint
+from pipeline.data.arrays import ArrayImages, build_task
 from pipeline.data.base import ImageTask
 from pipeline.errors import ConfigError, DivergedTraining
 from pipeline.progress import NoCheckpoint, Silent
-from pipeline.train.assess import assess, evaluate
-from pipeline.train.recipe import Distil, Recipe
+from pipeline.train.assess import assess, evaluate, withstand
+from pipeline.train.recipe import Adversarial, Distil, Recipe, Robustness
 from pipeline.train.retrain import TrainRecord, retrain, seeded, training_loss
 from pipeline.types import Arrays, Checkpoint, Json
 
@@ -165,7 +166,9 @@ def test_the_global_generator_is_left_alone(toy_network: MakeNetwork, task: Imag
 
 RECIPES = {
     "plain": SHORT,
-    "everything": SHORT.model_copy(update={"clip_norm": 0.5, "distil": Distil()}),
+    "everything": SHORT.model_copy(
+        update={"clip_norm": 0.5, "distil": Distil(), "adversarial": Adversarial(epsilon=8)}
+    ),
     "no average, no momentum": Recipe(epochs=3, batch_size=30, ema_decay=0, momentum=0, nesterov=False),
 }
 
@@ -402,3 +405,71 @@ def test_the_auxiliary_loss_is_added_with_its_weight(toy_network: MakeNetwork, t
     losses = [train(network, task, recipe).history[0].train_loss for network in (heavy, light, none)]
     assert losses[0] - losses[1] == pytest.approx(losses[1] - losses[2], rel=1e-4)
     assert losses[0] - losses[1] > 0.5
+
+
+# ---------------------------------------------------------------------------------------- adversarial images
+
+
+class _Watching(nn.Module):
+    """Keeps the images of every call, by mode."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.seen: dict[bool, list[Tensor]] = {True: [], False: []}
+
+    def forward(self, images: Tensor) -> Tensor:
+        if len(images) == 150:  # a training batch; the architecture split has 50
+            self.seen[self.training].append(images.detach().clone())
+        logits: Tensor = self.inner(images)
+        return logits
+
+
+def test_weights_train_on_perturbed_images_and_statistics_see_nothing_else(
+    toy_network: MakeNetwork, task: ImageTask
+) -> None:
+    plain = Recipe(epochs=1, batch_size=150, lr=1e-9, warmup_share=0, ema_decay=0)
+    network = _Watching(toy_network())
+    train(network, task, plain.model_copy(update={"adversarial": Adversarial(epsilon=8)}))
+    [clean], [shown] = network.seen[False], network.seen[True]
+    moved = (shown - clean).abs() * 0.2 * 255
+    assert float(moved.max()) == pytest.approx(8, rel=1e-4) and float((moved > 0).float().mean()) > 0.8
+    counts = [int(value) for name, value in network.state_dict().items() if name.endswith("batches_tracked")]
+    assert counts == [1, 1], "the attack runs in evaluation mode"
+    unperturbed = _Watching(toy_network())
+    train(unperturbed, task, plain)
+    [same] = unperturbed.seen[True]
+    assert not unperturbed.seen[False] and torch.equal(same, clean), "the batch itself is the same"
+
+
+def weak_and_strong_task() -> ImageTask:
+    """Two classes of 6 × 6 images. One pixel differs a lot and is right nine times in ten; all the others
+    differ by 4 levels each, and together are always right (Tsipras et al. 2018, arXiv 1805.12152)."""
+    rng = np.random.default_rng(5)
+    labels = rng.integers(0, 2, 240)
+    sign = 2 * labels - 1
+    pixels = 128 + rng.integers(-10, 11, (240, 6, 6, 1)) + 4 * sign[:, None, None, None]
+    pixels[:, 2, 3, 0] = 128 + 100 * np.where(rng.random(240) < 0.9, sign, -sign)
+    images = ArrayImages(pixels.astype(np.uint8), labels)
+    parts = np.split(np.arange(240), [150, 200])
+    splits: Any = dict(zip(("weights", "architecture", "test"), parts, strict=True))
+    return build_task("weak", ("a", "b"), images, splits, flip=False, crop_padding=0)
+
+
+def test_adversarial_training_withstands_what_plain_training_does_not() -> None:
+    task = weak_and_strong_task()
+    plain = Recipe(epochs=10, batch_size=15, lr=0.1, ema_decay=0.9)
+    hardened = plain.model_copy(update={"adversarial": Adversarial(epsilon=8)})
+    found, records = {}, {}
+    for name, recipe in (("plain", plain), ("hardened", hardened)):
+        linear = nn.Linear(36, 2)
+        nn.init.zeros_(linear.weight)
+        network = nn.Sequential(nn.Flatten(), linear)
+        records[name] = train(network, task, recipe)
+        [found[name]] = withstand(network, task, Robustness(epsilons=(8,), attacks=("pgd",)))
+        clean = evaluate(network, task, "architecture")
+        assert (records[name].accuracy, records[name].loss) == (clean.accuracy, clean.loss)
+    assert found["plain"].clean >= 97 and found["plain"].accuracy < 10
+    assert 80 <= found["hardened"].accuracy <= found["hardened"].clean
+    best = records["hardened"].history[records["hardened"].best_epoch - 1]
+    assert best.loss is not None and records["hardened"].loss < best.loss, "epochs are judged under attack"

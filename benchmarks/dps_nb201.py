@@ -1,0 +1,204 @@
+"""What tuning eproxy on twenty known cells of NAS-Bench-201 is worth on cells that it never saw.
+
+    python -m benchmarks.dps_nb201 --table nb201_cifar10.npz --json FILE [--draws N]
+
+Each draw takes 20 random connected cells with their 200-epoch test accuracy, searches eproxy's settings
+on all of them (`pipeline.evaluators.dps`, nothing held back), and judges the settings found by
+Spearman's ρ over other random cells, which are the same for all draws and isomorphic to none of theirs.
+Beside it the default settings on the same cells. The 60 cells that chose the defaults are in neither
+part. Networks have --cells-per-stage cells per stage, 1 by default; the table trained 5. Every
+evaluation and every score is kept in the work folder: the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+
+from benchmarks.nb201_cells import SAMPLE_SEED, CellTable, load_cells, rank_quality, score_kept, space_of
+from benchmarks.record import (
+    Evidence,
+    Target,
+    at_least,
+    markdown_table,
+    parser_for,
+    run_script,
+    start_tuned,
+)
+from pipeline.artifacts import FileCheckpoint, RunFolder, sha256_json, write_yaml
+from pipeline.data import load_task
+from pipeline.data.base import ImageTask
+from pipeline.evaluators.dps import DpsResult, DpsSettings, Known, search_settings, settings_record
+from pipeline.evaluators.eproxy import EproxySettings, make_eproxy
+from pipeline.spaces.nb201 import NB201Space
+from pipeline.types import Arch, FloatArray, IntArray, Json, Progress
+from pipeline.ui import progress_for
+
+DRAW_SEED = 2
+TUNED_RHO = 0.88
+
+
+def known_cells(table: CellTable, rows: IntArray) -> list[Known]:
+    """The cells as a user would know them; those that build the same network once."""
+    space = NB201Space((3, 32, 32), 10)
+    truth: dict[Arch, float] = {}
+    for arch, row in zip(table.archs(rows), rows.tolist(), strict=True):
+        truth.setdefault(space.canonical(arch), float(table.truth_R[row]))
+    return [Known(arch, accuracy) for arch, accuracy in truth.items()]
+
+
+def search_draw(
+    draw: int,
+    known: list[Known],
+    space: NB201Space,
+    task: ImageTask,
+    settings: DpsSettings,
+    work: RunFolder,
+    progress: Progress,
+) -> DpsResult:
+    """The draw's search, or what it came to before."""
+    path = work.path(f"draw{draw}.json")
+    facts = [[k.arch.to_json(), k.accuracy] for k in known]
+    inputs = {
+        "space": sha256_json(space.fingerprint()),
+        "images": task.fingerprint,
+        "search": sha256_json([facts, settings.model_dump(mode="json"), draw]),
+    }
+    record = work.read_record(path, inputs)
+    if record is None:
+        checkpoint = FileCheckpoint(path.with_suffix(".npz"))
+        progress.say(f"draw {draw}: searching on {len(known)} cells")
+        result = search_settings(
+            space,
+            task,
+            known,
+            settings,
+            EproxySettings(),
+            seed=draw,
+            checkpoint=checkpoint,
+            progress=progress,
+        )
+        write_yaml(path.with_suffix(".yaml"), settings_record(result.settings))
+        work.write_record(path, result.to_json(), inputs)
+        checkpoint.remove()
+        return result
+    return DpsResult.from_json(record)
+
+
+class Judged:
+    """Scores the judging cells under any settings, once each."""
+
+    def __init__(
+        self, table: CellTable, rows: IntArray, space: NB201Space, task: ImageTask, work: RunFolder
+    ) -> None:
+        self._archs, self._truth_N = table.archs(rows), table.truth_R[rows]
+        self._space, self._task, self._work = space, task, work
+
+    def quality(self, settings: EproxySettings, seed: int, label: str, progress: Progress) -> Json:
+        evaluator = make_eproxy(self._space, self._task, settings, total_steps=0, seed=seed, device="cpu")
+        key = sha256_json([settings_record(settings), seed])[:16]
+        scored = score_kept(evaluator, self._archs, self._work.path(f"judged-{key}.npz"), progress, label)
+        loss_N: FloatArray = scored.loss_N
+        return {
+            **rank_quality(loss_N, self._truth_N),
+            "seconds_per_candidate": scored.seconds_per_candidate,
+            "failed": scored.failed,
+        }
+
+
+def targets_of(draws: list[Json]) -> list[Target]:
+    return [
+        at_least(
+            f"mean ρ of {len(draws)} draws after tuning", fmean(d["tuned"]["rho"] for d in draws), TUNED_RHO
+        )
+    ]
+
+
+def table_of(draws: list[Json]) -> str:
+    headings = ["draw", "ρ searched on", "ρ tuned", "ρ default", "best tenth, tuned", "best tenth, default"]
+    headings += ["s per candidate", "search s"]
+
+    def row(name: str, numbers: list[float]) -> list[str]:
+        *rhos, per_candidate, search_s = numbers
+        return [name, *(f"{rho:.3f}" for rho in rhos), f"{per_candidate:.3g}", f"{search_s:.0f}"]
+
+    columns = [
+        [
+            d["search_rho"],
+            d["tuned"]["rho"],
+            d["default"]["rho"],
+            d["tuned"]["rho_best_tenth"],
+            d["default"]["rho_best_tenth"],
+            d["tuned"]["seconds_per_candidate"],
+            d["seconds"],
+        ]
+        for d in draws
+    ]
+    means = [fmean(column) for column in zip(*columns, strict=True)]
+    rows = [row(str(d["draw"]), numbers) for d, numbers in zip(draws, columns, strict=True)]
+    return markdown_table(headings, [*rows, row("mean", means)])
+
+
+def arguments() -> Namespace:
+    parser = parser_for("dps_nb201", __doc__, "--table nb201_cifar10.npz --json dps-nb201.json")
+    parser.add_argument("--table", type=Path, required=True)
+    parser.add_argument("--data", default="cifar10", help="what the networks look at; default: cifar10")
+    parser.add_argument("--work", type=Path, default=Path("exports/dps-nb201"), metavar="DIR")
+    parser.add_argument("--draws", type=int, default=5)
+    parser.add_argument("--known", type=int, default=20, help="cells of known accuracy per draw")
+    parser.add_argument("--judged", type=int, default=1000, help="other cells that judge")
+    parser.add_argument("--cells-per-stage", type=int, default=1)
+    parser.add_argument("--evaluations", type=int, default=DpsSettings().evaluations)
+    parser.add_argument("--max-channels", type=int, default=DpsSettings().max_channels)
+    return parser.parse_args()
+
+
+def main() -> bool:
+    asked = arguments()
+    start_tuned("dps_nb201")
+    from rich.console import Console
+
+    evidence = Evidence("dps_nb201")
+    progress = progress_for(Console(stderr=True))
+    table = load_cells(asked.table)
+    task = load_task(asked.data, seed=0, progress=progress)
+    space = space_of(task.image_shape, len(task.classes), asked.cells_per_stage)
+    known_rows = [table.draw(asked.known, DRAW_SEED, draw) for draw in range(asked.draws)]
+    judging_rows = table.draw(asked.judged, SAMPLE_SEED, without=np.concatenate(known_rows))
+    settings = DpsSettings(held_back=0.0, evaluations=asked.evaluations, max_channels=asked.max_channels)
+    work = RunFolder(asked.work)
+    draws: list[Json] = []
+    with work.locked():
+        judged = Judged(table, judging_rows, space, task, work)
+        for draw, rows in enumerate(known_rows):
+            found = search_draw(draw, known_cells(table, rows), space, task, settings, work, progress)
+            label = f"draw {draw}: judging"
+            draws.append(
+                {
+                    "draw": draw,
+                    **found.to_json(),
+                    "tuned": judged.quality(found.settings, draw, f"{label} tuned", progress),
+                    "default": judged.quality(EproxySettings(), draw, f"{label} default", progress),
+                }
+            )
+    return evidence.finish(
+        asked.json,
+        seeds=list(range(asked.draws)),
+        numbers={
+            "data": asked.data,
+            "known": asked.known,
+            "judged": asked.judged,
+            "cells_per_stage": asked.cells_per_stage,
+            "search": settings.model_dump(mode="json"),
+            "draws": draws,
+        },
+        targets=targets_of(draws),
+        table=table_of(draws),
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)

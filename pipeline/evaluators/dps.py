@@ -1,0 +1,607 @@
+"""Discrete proxy search: the settings of `eproxy` tuned on a handful of architectures of known accuracy.
+
+Y. Li, J. Li, C. Han, P. Li, J. Xiong, D. Chen, "Extensible Proxy for Efficient NAS", 2022, arXiv
+2210.09459.
+
+Regularised evolution over the settings (the genes are in `genes`): a population of 40, tournaments of
+10, 200 evaluations, every gene mutated with probability 0.2, the oldest dies. Fitness is Spearman's ρ of
+minus the score with the known accuracy. The best settings ever seen are the answer, and ρ on
+architectures that were held back, with a bootstrap interval, says what they are worth.
+
+Chosen here: the population starts from the settings that were asked for and 39 random ones; channels end
+at `max_channels`, since a branch of 512 channels behind a 7×7 barrier costs some fifty times what a small
+network that it judges does; E does not depend on α, so that another α for settings already tried costs
+nothing.
+
+Axes: G genes, T evaluations (tries), A known architectures.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+from numpy.random import Generator
+from pydantic import Field
+
+from pipeline.algorithms import evolution
+from pipeline.artifacts import FileCheckpoint, read_json, sha256_json, write_json, write_yaml
+from pipeline.data.base import ImageTask
+from pipeline.errors import ConfigError, StaleArtifact
+from pipeline.evaluators.eproxy import Eproxy, EproxySettings, Kernel, Weights
+from pipeline.evaluators.scores import fixed_images, score_all, workers_on
+from pipeline.evaluators.synthetic import Feature
+from pipeline.settings import Settings
+from pipeline.spaces.base import SearchSpace
+from pipeline.types import Arch, Arrays, Checkpoint, FloatArray, IntArray, Json, Progress
+
+LEAST_KNOWN = 5
+"""Fewer architectures than this have no rank correlation worth the name."""
+RESAMPLES = 2000
+CHANNELS = (16, 32, 64, 128, 256, 512)
+LEVELS = (0.5, 1.0, 1.5, 2.0)
+_SPLIT, _TRY, _RESAMPLE = range(3)
+"""Streams of random numbers."""
+
+
+class DpsSettings(Settings):
+    """`held_back` is the share of the known architectures that judges and does not guide; with 0 nothing
+    judges. `max_channels` is the most that a branch may have, 512 in the paper."""
+
+    population: int = Field(40, ge=2)
+    tournament: int = Field(10, ge=1)
+    evaluations: int = Field(200, ge=1)
+    mutation: float = Field(0.2, gt=0, le=1)
+    held_back: float = Field(0.3, ge=0, lt=1)
+    max_channels: int = Field(128, ge=16)
+
+
+# --------------------------------------------------------------------------------------------- what is known
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A canonical architecture and its accuracy, in any unit that is more where it is better."""
+
+    arch: Arch
+    accuracy: float
+
+
+def read_known(path: Path, space: SearchSpace) -> tuple[Known, ...]:
+    """The file's architectures; rows that build the same network count once, with their mean accuracy.
+
+    CSV: a header, then one architecture per line, with a column `accuracy` and either a column for every
+    slot of the space, holding the choice's name or its number, or a column `arch` that holds JSON as
+    below. JSON: a list of {"arch": A, "accuracy": x}, where A is a list of choices or an architecture as
+    a run writes it, {"space": name, "choices": [...]}. Raises ConfigError where the file is something
+    else."""
+    rows = list(_json_rows(path) if path.suffix == ".json" else _csv_rows(path))
+    found: dict[Arch, list[float]] = {}
+    for where, row in rows:
+        found.setdefault(_arch_of(row, space, where), []).append(_accuracy_of(row, where))
+    if len(found) < LEAST_KNOWN:
+        raise ConfigError(
+            f"{path}: holds {len(found)} different architectures; give {LEAST_KNOWN} at least, better 20"
+        )
+    return tuple(Known(arch, float(np.mean(accuracies))) for arch, accuracies in found.items())
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, Json]]:
+    with _opened(path) as lines:
+        reader = csv.DictReader(lines, skipinitialspace=True)
+        for row in reader:
+            if None in row or None in row.values():
+                raise ConfigError(
+                    f"{path}, line {reader.line_num}: has another number of columns than line 1"
+                )
+            yield f"{path}, line {reader.line_num}", dict(row)
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return path.open(encoding="utf-8-sig", newline="")
+    except OSError as failure:
+        raise ConfigError(f"{path}: cannot be read ({failure.strerror or failure})") from None
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Json]]:
+    with _opened(path) as file:
+        try:
+            rows = json.load(file)
+        except ValueError as failure:
+            raise ConfigError(f"{path}: is not JSON ({failure})") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ConfigError(f'{path}: expected a list of {{"arch": [choices], "accuracy": number}}')
+    for number, row in enumerate(rows):
+        yield f"{path}, entry {number}", row
+
+
+def _accuracy_of(row: Json, where: str) -> float:
+    try:
+        accuracy = float(row["accuracy"])
+    except KeyError:
+        raise ConfigError(f"{where}: has no 'accuracy'; there are: {', '.join(row)}") from None
+    except (TypeError, ValueError):
+        accuracy = math.nan
+    if not math.isfinite(accuracy):
+        raise ConfigError(f"{where}: accuracy is {row['accuracy']!r}; expected a number")
+    return accuracy
+
+
+def _arch_of(row: Json, space: SearchSpace, where: str) -> Arch:
+    if "arch" in row:
+        return _stated_arch(row["arch"], space, where)
+    missing = [slot.name for slot in space.slots if slot.name not in row]
+    if missing:
+        raise ConfigError(
+            f"{where}: has neither 'arch' nor a column for slot '{missing[0]}' of space {space.name}"
+        )
+    return space.canonical(
+        Arch(space.name, tuple(_choice(row[s.name], s.name, s.choices, where) for s in space.slots))
+    )
+
+
+def _choice(value: Any, slot: str, choices: Sequence[str], where: str) -> int:
+    text = str(value).strip()
+    if text in choices:
+        return choices.index(text)
+    if text.isdigit() and int(text) < len(choices):
+        return int(text)
+    raise ConfigError(
+        f"{where}: slot '{slot}' is {text!r}; expected one of {', '.join(choices)}, or its number from 0"
+    )
+
+
+def _stated_arch(value: Any, space: SearchSpace, where: str) -> Arch:
+    try:
+        record = json.loads(value) if isinstance(value, str) else value
+        if isinstance(record, list):
+            record = {"space": space.name, "choices": record}
+        arch = Arch.from_json(record)
+    except (ValueError, TypeError, KeyError):
+        raise ConfigError(
+            f"{where}: arch is {value!r}; expected a list of {len(space.slots)} choices"
+        ) from None
+    try:
+        return space.canonical(arch)
+    except ConfigError as stranger:
+        raise ConfigError(f"{where}: {stranger}") from None
+
+
+# ----------------------------------------------------------------------------------------------------- genes
+
+
+@dataclass(frozen=True, slots=True)
+class Gene:
+    """One setting and the values it may take. `branch` is None, or the branch that it belongs to."""
+
+    name: str
+    values: tuple[Any, ...]
+    branch: int | None = None
+
+
+FEATURE_SETS = tuple(
+    chosen
+    for count in range(1, len(get_args(Feature)) + 1)
+    for chosen in itertools.combinations(get_args(Feature), count)
+)
+
+
+def genes(max_channels: int) -> tuple[Gene, ...]:
+    """The learning rate, α, both initialisations, the number of branches; and per branch its features,
+    its kernels, its channels and its level."""
+    channels = tuple(number for number in CHANNELS if number <= max_channels)
+    shared = (
+        Gene("learning_rate", tuple(round(0.1 * tenths, 1) for tenths in range(5, 16))),
+        Gene("alpha", tuple(round(0.1 * tenths, 1) for tenths in range(-5, 6))),
+        Gene("network_weights", get_args(Weights)),
+        Gene("branch_weights", get_args(Weights)),
+        Gene("branches", (1, 2, 3)),
+    )
+    per_branch = tuple(
+        gene
+        for i in range(3)
+        for gene in (
+            Gene("features", FEATURE_SETS, i),
+            Gene("head_kernel", get_args(Kernel), i),
+            Gene("barrier_kernel", get_args(Kernel), i),
+            Gene("channels", channels, i),
+            Gene("level", LEVELS, i),
+        )
+    )
+    return shared + per_branch
+
+
+class Genome:
+    """Settings as rows of choices, shape (G,), and back; what is no gene stays as in `base`."""
+
+    def __init__(self, base: EproxySettings, max_channels: int) -> None:
+        self._base = base
+        self.genes = genes(max_channels)
+        self.sizes = tuple(len(gene.values) for gene in self.genes)
+        names = [gene.name for gene in self.genes if gene.branch is None]
+        self._alpha, self._branches = names.index("alpha"), names.index("branches")
+
+    def canonical(self, row_G: IntArray) -> IntArray:
+        """Genes of branches that are not there set to 0."""
+        count = self.genes[self._branches].values[int(row_G[self._branches])]
+        dead_G = [gene.branch is not None and gene.branch >= count for gene in self.genes]
+        return np.where(dead_G, 0, row_G)
+
+    def without_alpha(self, row_G: IntArray) -> bytes:
+        """The same for rows that give the same E."""
+        row_G = self.canonical(row_G)
+        row_G[self._alpha] = 0
+        return row_G.tobytes()
+
+    def decode(self, row_G: IntArray) -> EproxySettings:
+        pairs = [(g, g.values[int(choice)]) for g, choice in zip(self.genes, row_G, strict=True)]
+        shared = {gene.name: value for gene, value in pairs if gene.branch is None}
+        branches = [
+            {gene.name: value for gene, value in pairs if gene.branch == i}
+            for i in range(shared.pop("branches"))
+        ]
+        return EproxySettings.model_validate({**self._base.model_dump(), **shared, "branches": branches})
+
+    def encode(self, settings: EproxySettings) -> IntArray:
+        """The row nearest to the settings: a number that no gene takes becomes the closest that one
+        does."""
+        stated: dict[tuple[str, int | None], Any] = {
+            **{(name, None): value for name, value in settings},
+            ("branches", None): len(settings.branches),
+            **{(name, i): v for i, branch in enumerate(settings.branches) for name, v in branch},
+        }
+        return np.array([_nearest(gene, stated.get((gene.name, gene.branch))) for gene in self.genes])
+
+
+def _nearest(gene: Gene, value: Any) -> int:
+    if value is None:
+        return 0
+    if isinstance(value, int | float):
+        return min(range(len(gene.values)), key=lambda i: abs(gene.values[i] - value))
+    if isinstance(value, tuple):
+        value = tuple(sorted(value, key=get_args(Feature).index))
+    return gene.values.index(value)
+
+
+# --------------------------------------------------------------------------------------------------- judging
+
+
+def spearman(scores_A: FloatArray, accuracy_A: FloatArray) -> float:
+    """Spearman's ρ of minus the scores with the accuracy: 1 where the score ranks right, 0 where either
+    is all alike."""
+    return float(_spearman(scores_A[None], accuracy_A[None])[0])
+
+
+def _spearman(scores_RA: FloatArray, accuracy_RA: FloatArray) -> FloatArray:
+    """ρ of every row."""
+    from scipy.stats import rankdata
+
+    x_RA, y_RA = (rankdata(values_RA, axis=1) for values_RA in (-scores_RA, accuracy_RA))
+    x_RA, y_RA = (ranks_RA - ranks_RA.mean(axis=1, keepdims=True) for ranks_RA in (x_RA, y_RA))
+    scale_R = np.sqrt((x_RA**2).sum(axis=1) * (y_RA**2).sum(axis=1))
+    return np.asarray((x_RA * y_RA).sum(axis=1) / np.where(scale_R > 0, scale_R, 1.0))
+
+
+def bootstrap(scores_A: FloatArray, accuracy_A: FloatArray, rng: Generator) -> tuple[float, float]:
+    """The 95 % percentile interval of ρ over 2,000 resamples of the architectures."""
+    picks_RA = rng.integers(0, len(scores_A), size=(RESAMPLES, len(scores_A)))
+    low, high = np.quantile(_spearman(scores_A[picks_RA], accuracy_A[picks_RA]), (0.025, 0.975))
+    return float(low), float(high)
+
+
+class Judge:
+    """E of architectures under any settings, on one batch of images."""
+
+    def __init__(
+        self, space: SearchSpace, task: ImageTask, base: EproxySettings, *, seed: int, device: str = "cpu"
+    ) -> None:
+        self._space, self._seed, self._device = space, seed, device
+        self._images = fixed_images(task, base, seed)
+        self._workers = workers_on(device, base)
+
+    def proxy(self, settings: EproxySettings) -> Eproxy:
+        return Eproxy(self._space, self._images, settings, seed=self._seed, device=self._device)
+
+    def errors(self, settings: EproxySettings, archs: Sequence[Arch]) -> FloatArray:
+        """E of each, shape (A,); NaN where it diverged."""
+        return np.array(list(score_all(self.proxy(settings).error, archs, self._workers)))
+
+    def scores(
+        self, settings: EproxySettings, archs: Sequence[Arch], error_A: FloatArray | None = None
+    ) -> FloatArray:
+        """Scores as the evaluator would give them, shape (A,)."""
+        proxy = self.proxy(settings)
+        error_A = self.errors(settings, archs) if error_A is None else error_A
+        found_A = np.array([proxy.corrected(a, e) for a, e in zip(archs, error_A.tolist(), strict=True)])
+        return np.where(np.isfinite(found_A) & (found_A <= proxy.worst), found_A, proxy.worst)
+
+
+# ------------------------------------------------------------------------------------------------ the search
+
+
+@dataclass(frozen=True)
+class Tries:
+    """What has been evaluated, oldest first; the last `population` of them are the population."""
+
+    rows_TG: IntArray
+    rho_T: FloatArray
+    errors_TA: FloatArray
+
+    def __len__(self) -> int:
+        return len(self.rho_T)
+
+    @property
+    def best(self) -> int:
+        return int(np.argmax(self.rho_T))
+
+    def plus(self, row_G: IntArray, rho: float, error_A: FloatArray) -> Tries:
+        return Tries(
+            np.concatenate([self.rows_TG, row_G[None]]),
+            np.append(self.rho_T, rho),
+            np.concatenate([self.errors_TA, error_A[None]]),
+        )
+
+    def arrays(self) -> Arrays:
+        return {"rows": self.rows_TG, "rho": self.rho_T, "errors": self.errors_TA}
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, Any]) -> Tries:
+        return cls(arrays["rows"], arrays["rho"], arrays["errors"])
+
+
+class Dps:
+    """The search over settings. What is tried at step i depends on the seed, i and what was tried
+    before."""
+
+    def __init__(
+        self, judge: Judge, known: Sequence[Known], base: EproxySettings, settings: DpsSettings, seed: int
+    ) -> None:
+        self._judge, self._settings, self._seed = judge, settings, seed
+        self._archs = [k.arch for k in known]
+        self._accuracy_A = np.array([k.accuracy for k in known])
+        self._genome = Genome(base, settings.max_channels)
+        self._first_G = self._genome.encode(base)
+        self._known_errors: dict[bytes, FloatArray] = {}
+        self._started, self._seconds_before = time.monotonic(), 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Spent on the search so far, by earlier processes too."""
+        return self._seconds_before + time.monotonic() - self._started
+
+    def run(self, identity: str, checkpoint: Checkpoint, progress: Progress) -> Tries:
+        """Raises StaleArtifact where the checkpoint is of another search."""
+        tries = self._resume(identity, checkpoint)
+        with progress.track("dps", self._settings.evaluations, len(tries)) as advance:
+            while len(tries) < self._settings.evaluations:
+                tries = self._try_one(tries)
+                checkpoint.save(tries.arrays(), {"identity": identity, "seconds": self.seconds})
+                advance(1, f"best ρ {tries.rho_T[tries.best]:.3f}")
+        return tries
+
+    def settings_of(self, row_G: IntArray) -> EproxySettings:
+        return self._genome.decode(row_G)
+
+    def _resume(self, identity: str, checkpoint: Checkpoint) -> Tries:
+        loaded = checkpoint.load()
+        if loaded is None:
+            num_genes, num_archs = len(self._genome.genes), len(self._archs)
+            return Tries(np.zeros((0, num_genes), dtype=np.int64), np.zeros(0), np.zeros((0, num_archs)))
+        arrays, record = loaded
+        if record.get("identity") != identity:
+            raise StaleArtifact(
+                "dps: the checkpoint is of a search with other architectures, settings or images; remove it, "
+                "or choose another --out"
+            )
+        self._seconds_before = float(record["seconds"])
+        tries = Tries.of(arrays)
+        self._known_errors = {
+            self._genome.without_alpha(row_G): error_A
+            for row_G, error_A in zip(tries.rows_TG, tries.errors_TA, strict=True)
+        }
+        return tries
+
+    def _try_one(self, tries: Tries) -> Tries:
+        row_G = self._genome.canonical(self._next(tries))
+        settings, key = self._genome.decode(row_G), self._genome.without_alpha(row_G)
+        if key not in self._known_errors:
+            self._known_errors[key] = self._judge.errors(settings, self._archs)
+        error_A = self._known_errors[key]
+        score_A = self._judge.scores(settings, self._archs, error_A)
+        return tries.plus(row_G, spearman(score_A, self._accuracy_A), error_A)
+
+    def _next(self, tries: Tries) -> IntArray:
+        sizes, settings = self._genome.sizes, self._settings
+        rng = np.random.default_rng([self._seed, _TRY, len(tries)])
+        if len(tries) == 0:
+            return self._first_G
+        if len(tries) < settings.population:
+            return np.asarray(evolution.random_choices(sizes, 1, rng)[0])
+        living = slice(-settings.population, None)
+        population = evolution.Population(
+            tries.rows_TG[living], -tries.rho_T[living], np.asarray(len(tries), dtype=np.int64)
+        )
+        winner_1G = evolution.tournament(population, settings.tournament, 1, rng)
+        return np.asarray(evolution.mutate(winner_1G, sizes, settings.mutation, rng)[0])
+
+
+# --------------------------------------------------------------------------------------------- the whole job
+
+
+@dataclass(frozen=True)
+class DpsResult:
+    """`rho` and `default_rho` are Spearman's ρ on the held-back architectures of the settings found and
+    of those that were started from, `interval` the former's 95 % interval; None where nothing was held
+    back. `search_rho` is what was maximised, and promises too much."""
+
+    settings: EproxySettings
+    search_rho: float
+    searched_on: int
+    held_back: int
+    rho: float | None
+    interval: tuple[float, float] | None
+    default_rho: float | None
+    evaluations: int
+    seconds: float
+
+    def to_json(self) -> Json:
+        record = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return record | {
+            "settings": settings_record(self.settings),
+            "interval": None if self.interval is None else list(self.interval),
+        }
+
+    @classmethod
+    def from_json(cls, record: Json) -> DpsResult:
+        fields = {name: record[name] for name in cls.__dataclass_fields__}
+        interval = fields["interval"]
+        fields["settings"] = EproxySettings.model_validate(fields["settings"])
+        fields["interval"] = None if interval is None else (float(interval[0]), float(interval[1]))
+        return cls(**fields)
+
+
+def summary(result: DpsResult) -> list[str]:
+    """What a person wants to know, line by line."""
+    lines = [
+        f"ρ {result.search_rho:.3f} on the {result.searched_on} architectures that were searched on, which "
+        "promises too much"
+    ]
+    if result.rho is None or result.interval is None:
+        return [*lines, "no architecture was held back, so nothing says how good the settings are elsewhere"]
+    low, high = result.interval
+    return [
+        *lines,
+        f"ρ {result.rho:.3f} on {result.held_back} that were held back (95 % interval {low:.2f} to "
+        f"{high:.2f}); the settings it started from have {result.default_rho:.3f} there",
+    ]
+
+
+def settings_record(settings: EproxySettings) -> Json:
+    """What a settings file holds: everything but how many are scored at a time."""
+    return settings.model_dump(mode="json", exclude={"workers", "settings_file"})
+
+
+def split_known(known: Sequence[Known], share: float, seed: int) -> tuple[list[Known], list[Known]]:
+    """The part to search on and the part held back. Raises ConfigError where either is too small."""
+    order = np.random.default_rng([seed, _SPLIT]).permutation(len(known)).tolist()
+    count = round(share * len(known))
+    held, used = [known[i] for i in order[:count]], [known[i] for i in order[count:]]
+    for part, what in ((used, "to search on"), (held, "held back")):
+        if len(part) < LEAST_KNOWN and not (part is held and share == 0):
+            raise ConfigError(
+                f"dps: of {len(known)} known architectures {len(part)} are {what}; {LEAST_KNOWN} are needed: "
+                "give more, change held_back, or set it to 0 to search on all and judge on none"
+            )
+    return used, held
+
+
+def search_settings(
+    space: SearchSpace,
+    task: ImageTask,
+    known: Sequence[Known],
+    settings: DpsSettings,
+    base: EproxySettings,
+    *,
+    seed: int,
+    checkpoint: Checkpoint,
+    progress: Progress,
+    device: str = "cpu",
+) -> DpsResult:
+    """The settings of `eproxy` that rank the known architectures best, starting from `base`.
+
+    The same, bit for bit, when resumed from the checkpoint (but for `seconds`, which the search took).
+    Raises ConfigError where too few are known, StaleArtifact where the checkpoint is of another search."""
+    used, held = split_known(known, settings.held_back, seed)
+    judge = Judge(space, task, base, seed=seed, device=device)
+    dps = Dps(judge, used, base, settings, seed)
+    tries = dps.run(identity_of(space, task, known, settings, base, seed), checkpoint, progress)
+    seconds, best = dps.seconds, dps.settings_of(tries.rows_TG[tries.best])
+    rho, interval, default_rho = _judged(judge, held, best, base, seed) if held else (None, None, None)
+    return DpsResult(
+        settings=EproxySettings.model_validate(settings_record(best)),
+        search_rho=float(tries.rho_T[tries.best]),
+        searched_on=len(used),
+        held_back=len(held),
+        rho=rho,
+        interval=interval,
+        default_rho=default_rho,
+        evaluations=len(tries),
+        seconds=round(seconds, 3),
+    )
+
+
+def _judged(
+    judge: Judge, held: Sequence[Known], best: EproxySettings, base: EproxySettings, seed: int
+) -> tuple[float, tuple[float, float], float]:
+    archs, accuracy_A = [k.arch for k in held], np.array([k.accuracy for k in held])
+    score_A = judge.scores(best, archs)
+    interval = bootstrap(score_A, accuracy_A, np.random.default_rng([seed, _RESAMPLE]))
+    return spearman(score_A, accuracy_A), interval, spearman(judge.scores(base, archs), accuracy_A)
+
+
+def identity_of(
+    space: SearchSpace,
+    task: ImageTask,
+    known: Sequence[Known],
+    settings: DpsSettings,
+    base: EproxySettings,
+    seed: int,
+) -> str:
+    """A hash of all that decides the result."""
+    facts = [[k.arch.to_json(), k.accuracy] for k in known]
+    stated = [settings.model_dump(mode="json"), settings_record(base), seed]
+    data = "noise" if base.images == "noise" else task.fingerprint
+    return sha256_json([space.fingerprint(), data, facts, *stated])
+
+
+def tune(
+    space: SearchSpace,
+    task: ImageTask,
+    known_file: Path,
+    out: Path,
+    settings: DpsSettings,
+    base: EproxySettings,
+    *,
+    seed: int,
+    progress: Progress,
+    device: str = "cpu",
+) -> DpsResult:
+    """`search_settings` from a file of known architectures (`read_known`) to a settings file, `out`,
+    that `evaluator.settings_file` reads.
+
+    Beside `out` stand its report (.json) and, until it is done, a checkpoint (.npz): the same command
+    goes on where it stopped, and says the same again where it is done. Raises ConfigError,
+    StaleArtifact."""
+    known = read_known(known_file, space)
+    identity = identity_of(space, task, known, settings, base, seed)
+    report = out.with_suffix(".json")
+    if report.exists() and out.exists():
+        record = read_json(report)
+        if record.get("identity") != identity:
+            raise StaleArtifact(f"{report}: is of another search; remove it, or choose another --out")
+        return DpsResult.from_json(record)
+    checkpoint = FileCheckpoint(out.with_suffix(".npz"))
+    result = search_settings(
+        space,
+        task,
+        known,
+        settings,
+        base,
+        seed=seed,
+        checkpoint=checkpoint,
+        progress=progress,
+        device=device,
+    )
+    write_yaml(out, settings_record(result.settings))
+    write_json(report, {"identity": identity, **result.to_json()})
+    checkpoint.remove()
+    return result
