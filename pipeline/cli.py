@@ -312,6 +312,57 @@ def _opened(root: Path, wanted: Json | None, where: str, workers: int | None) ->
         yield opened
 
 
+# ----------------------------------------------------------------------------------------- a proxy's settings
+
+
+@app.command(
+    rich_help_panel=_MAKE,
+    epilog="Example: budgetline dps --known known.csv --data cifar10 --space nb201 --out eproxy.yaml",
+)
+def dps(
+    known: Annotated[
+        Path,
+        typer.Option(help="CSV or JSON: architectures (a column per slot, or `arch`) and their `accuracy`."),
+    ],
+    out: Annotated[Path, typer.Option(help="Settings file to write; its report lands beside it, as .json.")],
+    config: ConfigFile = None,
+    data: Data = None,
+    space: Space = None,
+    seed: Seed = None,
+    device: Device = None,
+    settings: Set = None,
+) -> None:
+    """Tune the evaluator eproxy on some twenty architectures of known accuracy."""
+    with _friendly():
+        from pipeline.artifacts import RunFolder
+        from pipeline.config import parse
+        from pipeline.evaluators.dps import DpsSettings, summary, tune
+        from pipeline.evaluators.eproxy import EproxySettings
+        from pipeline.run import Run, prepare_compute
+        from pipeline.ui import progress_for
+
+        flags = _flags(None, data, None, space, None, seed, device)
+        wanted, where = _wanted(config, flags, settings or [])
+        run = Run(RunFolder(out.parent), parse(wanted or {}, where), progress_for(_console()))
+        prepare_compute(run)
+        stated = run.config.evaluator.settings
+        base = stated if isinstance(stated, EproxySettings) else EproxySettings()
+        result = tune(
+            run.space,
+            run.task,
+            known,
+            out,
+            DpsSettings(),
+            base,
+            seed=run.config.seed,
+            progress=run.progress,
+            device=run.config.device,
+        )
+        for line in summary(result):
+            typer.echo(line)
+        typer.echo(f"{out}: for `--evaluator eproxy --set evaluator.settings_file={out}`")
+
+
 # --------------------------------------------------------------------------------- a device that is elsewhere
 
 kit = typer.Typer(

@@ -29,6 +29,7 @@ SURFACE = {
     "export": "--out --tier",
     "measure": "--out --tier",
     "report": "--out",
+    "dps": "--known --out [config] --data --space --seed --device --set",
     "kit make": "--out [config] --profile --data --space --seed --set --verify --device",
     "kit import": "results --profile",
     "list": "[folder] --json",
@@ -257,3 +258,12 @@ def test_a_finished_run_prints_its_family_again_and_json_for_machines(cli: Cli, 
     assert outcome.code == 0 and "test accuracy" in outcome.out
     manifest = json.loads(cli("run", "--out", finished, "--json").out)
     assert manifest == json.loads((finished / "manifest.json").read_text())
+
+
+def test_a_proxy_is_not_tuned_on_what_cannot_be_read(cli: Cli, tmp_path: Path) -> None:
+    known = tmp_path / "known.csv"
+    known.write_text("arch,accuracy\n")
+    for path, told in ((tmp_path / "none.csv", "none.csv"), (known, "known.csv")):
+        outcome = cli("dps", "--known", path, "--out", tmp_path / "eproxy.yaml", "--space", "nb201")
+        assert outcome.code == 2 and outcome.crash is None and told in outcome.err
+    assert not (tmp_path / "eproxy.yaml").exists()
