@@ -37,6 +37,7 @@ from benchmarks.record import (
     parser_for,
     run_script,
     start_tuned,
+    whole_numbers,
 )
 from pipeline.algorithms import relaxation
 from pipeline.artifacts import FileCheckpoint, RunFolder, read_arrays, sha256_json
@@ -290,10 +291,6 @@ def seconds_per_call(call: Any, times: int) -> float:
 
 
 # --------------------------------------------------------------------------------------------------- script
-
-
-def whole_numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
 
 
 def arguments() -> Namespace:

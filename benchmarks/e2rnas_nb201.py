@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.darts_nb201 import Variant, in_words, seconds_per_call, task_of, whole_numbers
+from benchmarks.darts_nb201 import Variant, in_words, seconds_per_call, task_of
 from benchmarks.record import (
     Evidence,
     Target,
@@ -42,6 +42,7 @@ from benchmarks.record import (
     parser_for,
     run_script,
     start_tuned,
+    whole_numbers,
 )
 from pipeline.algorithms import relaxation
 from pipeline.artifacts import FileCheckpoint, RunFolder, read_arrays, sha256_json
@@ -100,7 +101,7 @@ CONTENDERS = {
 
 
 def space_of(asked: Namespace, task: ImageTask, mixed_norm: str = "none") -> NB201Space:
-    settings = NB201Settings(cells=asked.cells, channels=asked.channels, mixed_norm=mixed_norm)  # type: ignore[arg-type]
+    settings = NB201Settings(cells=asked.cells, channels=asked.channels, mixed_norm=mixed_norm)
     return NB201Space(task.image_shape, len(task.classes), settings)
 
 

@@ -61,7 +61,7 @@ def quantised(run: Run, profile: DeviceProfile, tier: Tier, folder: Path) -> tup
 
 def judged(tier: Tier, batch: int, files: list[Path], records: list[LatencyRecord], found: Json) -> Json:
     """One tier's figures, and which file would be its answer."""
-    measured = []
+    measured: list[dict[str, float]] = []
     for file, record in zip(files, records, strict=True):
         takes = footprint(file, batch)
         measured.append(
@@ -74,7 +74,7 @@ def judged(tier: Tier, batch: int, files: list[Path], records: list[LatencyRecor
     drop = {split: 100 * (a["float32"] - a["int8"]) for split, a in found["accuracy"].items()}
     limits = {metric: limit for metric, limit in tier.budgets.items() if metric in measured[0]}
     refusal = None if found["made"]["within"] else "loses more than is allowed"
-    answer = choose(*measured, limits, precision="int8", refusal=refusal)
+    answer = choose(measured[0], measured[1], limits, precision="int8", refusal=refusal)
     return {
         "tier": tier.key,
         "answer": "int8" if answer.lower else "fp32",

@@ -123,6 +123,11 @@ def parser_for(name: str, doc: str | None, example: str) -> ArgumentParser:
     return parser
 
 
+def whole_numbers(text: str) -> list[int]:
+    """`0,1,2` of a flag."""
+    return [int(number) for number in text.split(",")]
+
+
 def run_script(main: Callable[[], bool]) -> NoReturn:
     """Exit 0 where all was shown, 1 where not, 2 with a line where it could not be tried."""
     try:

@@ -42,7 +42,9 @@ def measure_again_and_again(
     """Latencies and medians of raw times in ms, both shape (P, N), and each process' circumstances."""
     rng = np.random.default_rng(seed)
     archs = sampled_paths(space, networks, rng)
-    latency, raw, notes = [], [], []
+    latency: list[list[float]] = []
+    raw: list[list[float]] = []
+    notes: list[Json] = []
     nominal_ms: float | None = None
     with tempfile.TemporaryDirectory(prefix="budgetline-repeat-") as folder:
         files = [Path(folder) / f"{arch.key}.onnx" for arch in archs]

@@ -31,7 +31,15 @@ import numpy as np
 from numpy.random import Generator
 
 from benchmarks.mobilenet import mobilenet, mobilenet_plan, widest_within, write_for_timing
-from benchmarks.record import Evidence, Target, markdown_table, parser_for, run_script, start_tuned
+from benchmarks.record import (
+    Evidence,
+    Target,
+    markdown_table,
+    parser_for,
+    run_script,
+    start_tuned,
+    whole_numbers,
+)
 from pipeline.algorithms.evolution import random_choices
 from pipeline.artifacts import FileCheckpoint, RunFolder, sha256_json
 from pipeline.costs.bench import Bench
@@ -421,10 +429,6 @@ def origin_of(run: Run, tier: Tier) -> str | None:
     """How the searched network became a finalist: by the search's loss, as a uniform member, or at random."""
     record = run.done(run.tier_path(tier, "arch.json"), "derive")
     return next((str(t["origin"]) for t in record["trials"] if t["arch"] == record["arch"]), None)
-
-
-def whole_numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
 
 
 def arguments() -> Namespace:

@@ -184,7 +184,7 @@ def search_stage(run: Run) -> None:
     }
     if run.folder.read_record(path, inputs) is not None:
         return
-    problem = _problem(run)
+    problem = search_problem(run)
     method = METHODS[config.method.name]
     checkpoint = FileCheckpoint(run.folder.path("search", "state.npz"))
     trace = TraceFile(run.folder.path("search", "trace.jsonl"), checkpoint)
@@ -213,7 +213,7 @@ def _hash_of_costs(run: Run, profile: DeviceProfile) -> str:
     return sha256_file(path)
 
 
-def _problem(run: Run) -> SearchProblem:
+def search_problem(run: Run) -> SearchProblem:
     search, tiers = run.config.search, run.tiers
     return SearchProblem(
         space=run.space,
@@ -249,8 +249,8 @@ def _training_steps(run: Run) -> int:
     return search.warm_up + (search.evaluations // (2 * len(run.tiers)) if search.train_in_search else 0)
 
 
-def _searched_evaluator(run: Run) -> Evaluator:
-    """The evaluator as the search left it."""
+def searched_evaluator(run: Run) -> Evaluator:
+    """The evaluator as the search left it. Raises CorruptArtifact where its state is lost."""
     path = run.folder.path("search", "evaluator.npz")
     try:
         state = read_arrays(path)
@@ -276,7 +276,7 @@ def derive_stage(run: Run, only: str | None = None) -> None:
     ]
     if not waiting:
         return
-    evaluator = _searched_evaluator(run)
+    evaluator = searched_evaluator(run)
     pool = _candidate_pool(run)
     with _engine(run) as engine:
         for tier in waiting:
@@ -543,7 +543,7 @@ def _first_weights(run: Run, arch: Arch) -> nn.Module:
     from pipeline.evaluators.one_shot import OneShotEvaluator
     from pipeline.train.ema import recalibrate
 
-    evaluator = _searched_evaluator(run)
+    evaluator = searched_evaluator(run)
     assert isinstance(evaluator, OneShotEvaluator)
     network = evaluator.supernet.extract(arch)
     stream = Batches(run.task, "weights", 256, seed=run.config.seed, augment=False, drop_last=False)

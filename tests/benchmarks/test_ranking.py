@@ -1,0 +1,90 @@
+"""benchmarks/ranking.py and truth.py: judging signals, and the table of trainings."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import ranking
+from benchmarks.truth import Key, Row, add_rows, read_rows
+from pipeline.errors import CorruptArtifact
+from pipeline.types import Arch, Limit, Tier
+
+
+def band(name: str, test: list[float], again: list[float] | None = None) -> ranking.Band:
+    tier = Tier("cpu", name, (Limit("latency_ms", 1.0, False, "1 ms"),))
+    archs = tuple(Arch("mbconv", (i,)) for i in range(len(test)))
+    return ranking.Band(tier, archs, np.array(test), np.array(again or []))
+
+
+def test_a_signal_that_knows_the_truth_has_rho_one_and_no_regret() -> None:
+    bands = [band("s", [1.0, 2.0, 3.0, 4.0]), band("m", [9.0, 8.0, 7.0])]
+    found = ranking.judged([-b.test_N for b in bands], bands, seed=0)
+    assert found["rho"] == pytest.approx(1) and found["interval"] == pytest.approx((1, 1), abs=0.6)
+    assert [b["regret"] for b in found["bands"].values()] == [0, 0]
+
+
+def test_bands_do_not_rank_each_other() -> None:
+    """Everything in the second band is better and has the lower loss, but within the bands the order is
+    wrong."""
+    bands = [band("s", [1.0, 2.0, 3.0]), band("m", [11.0, 12.0, 13.0])]
+    losses = [np.array([10.0, 11.0, 12.0]), np.array([0.0, 1.0, 2.0])]
+    found = ranking.judged(losses, bands, seed=0)
+    assert found["rho"] == pytest.approx(-1)
+    assert found["bands"]["cpu/m"]["regret"] == pytest.approx(2)
+
+
+def test_a_constant_signal_ranks_nothing() -> None:
+    assert ranking.spearman(np.ones(5), np.arange(5.0)) == 0
+
+
+def test_interval_narrows_with_more_networks() -> None:
+    rng = np.random.default_rng(0)
+
+    def width(count: int) -> float:
+        truth = rng.normal(size=count)
+        low, high = ranking.interval([-truth + rng.normal(size=count)], [truth], seed=0)
+        return high - low
+
+    assert width(400) < 0.5 * width(20)
+
+
+def test_stability_is_of_what_two_seeds_share() -> None:
+    found = ranking.stability([band("s", [1.0, 2.0, 3.0, 9.0], [1.5, 2.5, 3.5])])
+    assert found is not None and found["networks"] == 3
+    assert found["rho"] == pytest.approx(1) and found["std_of_one_training"] == pytest.approx(0)
+    assert ranking.stability([band("s", [1.0, 2.0])]) is None
+
+
+def test_the_runs_evaluator_must_beat_size_and_reach_its_target() -> None:
+    targets = ranking.targets_of({"run": {"rho": 0.5}, "flops": {"rho": 0.6}, "latency": {"rho": 0.1}})
+    assert {t.name: t.passed for t in targets} == {
+        "ρ within the bands, the run's evaluator": False,
+        "above flops": False,
+        "above latency": True,
+    }
+
+
+ROW = Row("digits", "s" * 12, "r" * 12, "0 1 2", 0, 4, "cpu/s", 0.1, 1000, 2000, 91.25, 90.5)
+
+
+def test_table_keeps_each_training_once_and_sorted(tmp_path: Path) -> None:
+    path = tmp_path / "truth.csv"
+    later, better = replace(ROW, seed=1), replace(ROW, test=95.0)
+    add_rows(path, [later])
+    add_rows(path, [ROW])
+    add_rows(path, [better])
+    assert list(read_rows(path).values()) == [better, later]
+    assert next(iter(read_rows(path))) == Key("digits", "s" * 12, "r" * 12, "0 1 2", 0)
+
+
+def test_a_broken_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "truth.csv"
+    add_rows(path, [ROW])
+    path.write_text(path.read_text().replace("91.25", "high"))
+    with pytest.raises(CorruptArtifact, match="line 2"):
+        read_rows(path)
+    assert read_rows(tmp_path / "none.csv") == {}
