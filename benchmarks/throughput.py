@@ -1,0 +1,360 @@
+"""Where a search's time goes: the search's own share, how it grows, and what training options bring.
+
+1. Overhead: `importance` on an `mbconv` supernet with 1, 2, 5 and 15 FLOPs tiers. All that is not training
+   or evaluating (sampling, costs, surrogate, distributions) as a share of a training step with as many
+   paths as tiers.
+2. Growth: the overhead of an iteration on spaces of other numbers of slots and choices, whose evaluator
+   costs nothing.
+3. Options: a training step of one member with channels-last, bf16 or torch.compile switched, each against
+   the default right beside it, in alternating order; median ratio with a bootstrap interval, below 1 is
+   faster.
+"""
+
+from __future__ import annotations
+
+import time
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.record import (
+    Evidence,
+    at_most,
+    markdown_table,
+    parser_for,
+    run_script,
+    start_tuned,
+    whole_numbers,
+)
+from benchmarks.step_ratio import median_interval, sampled_paths
+from pipeline.costs.table import SpaceCosts
+from pipeline.data import load_task
+from pipeline.data.base import ImageTask
+from pipeline.evaluators.one_shot import OneShotEvaluator, OneShotSettings
+from pipeline.progress import NoCheckpoint, Silent
+from pipeline.search import METHODS
+from pipeline.search.base import SearchProblem
+from pipeline.spaces.mbconv import MBConvSpace
+from pipeline.train.retrain import seeded
+from pipeline.types import Arch, Arrays, Evaluator, FitInfo, FloatArray, IntArray, Json, Limit, Slot, Tier
+
+SHARE_LIMIT = 0.02
+GROWTH = ((10, 4), (20, 4), (40, 4), (20, 8))
+OPTIONS = ("channels-first", "bf16", "compile")
+
+
+# ------------------------------------------------------------------------------------------------- overhead
+
+
+class Timed:
+    """An evaluator that adds up what its answers take."""
+
+    def __init__(self, inner: Evaluator) -> None:
+        self._inner = inner
+        self.noisy, self.trains = inner.noisy, inner.trains
+        self.fit_s = self.losses_s = 0.0
+        self.fits = 0
+
+    def fit(self, archs: Sequence[Arch], *, step: int) -> FitInfo:
+        began = time.perf_counter()
+        info = self._inner.fit(archs, step=step)
+        self.fit_s += time.perf_counter() - began
+        self.fits += 1
+        return info
+
+    def losses(self, archs: Sequence[Arch], *, step: int, thorough: bool = False) -> FloatArray:
+        began = time.perf_counter()
+        losses = self._inner.losses(archs, step=step, thorough=thorough)
+        self.losses_s += time.perf_counter() - began
+        return losses
+
+    def state(self) -> Arrays:
+        return self._inner.state()
+
+    def load_state(self, state: Arrays) -> None:
+        self._inner.load_state(state)
+
+
+def tiers_between(costs: SpaceCosts, smallest: Arch, largest: Arch, count: int) -> tuple[Tier, ...]:
+    """FLOPs budgets from 10 to 70 % of the largest network's, evenly spaced in the logarithm."""
+    column = costs.metrics.index("flops")
+    low, high = costs.of([smallest, largest])[:, column].tolist()
+    shares = np.geomspace(0.1, 0.7, count) if count > 1 else np.array([0.3])
+    budgets = [max(1.05 * low, float(share) * high) for share in shares]
+    return tuple(
+        Tier("none", f"t{n}", (Limit("flops", budget, False, f"{budget:.0f}"),))
+        for n, budget in enumerate(budgets)
+    )
+
+
+def overhead(space: MBConvSpace, task: ImageTask, count: int, iterations: int, seed: int) -> Json:
+    """Seconds per iteration beside training and evaluating, and per training step of `count` paths."""
+    costs = SpaceCosts(space, None)
+    steps = iterations
+    evaluator = OneShotEvaluator(space, task, OneShotSettings(), total_steps=steps, seed=seed)
+    timed = Timed(evaluator)
+    problem = SearchProblem(
+        space=space,
+        costs={"none": costs},
+        tiers=tiers_between(costs, space.smallest, space.largest, count),
+        evaluator=timed,
+        evaluations=2 * count * iterations,
+        fit_samples=count,
+        train_in_search=True,
+        seed=seed,
+        save_every_s=float("inf"),
+    )
+    method = METHODS["importance"]
+    began: list[float] = []
+    method.run(
+        problem,
+        method.config(),
+        checkpoint=NoCheckpoint(),
+        trace=lambda record: began.append(time.perf_counter() - timed.fit_s - timed.losses_s),
+        progress=Silent(),
+    )
+    own_s = float(np.median(np.diff(began)))  # between ends of iterations; set-up is before the first
+    step_s = timed.fit_s / timed.fits
+    return {
+        "tiers": count,
+        "own_seconds": own_s,
+        "step_seconds": step_s,
+        "evaluation_seconds": timed.losses_s / len(began),
+        "share": own_s / step_s,
+    }
+
+
+# --------------------------------------------------------------------------------------------------- growth
+
+
+@dataclass(frozen=True)
+class ToySpace:
+    """Implements `pipeline.types.ChoiceSpace`: S slots of C choices, each architecture its own canonical
+    one."""
+
+    num_slots: int
+    num_choices: int
+    name: str = "toy"
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        choices = tuple(map(str, range(self.num_choices)))
+        return tuple(Slot(f"slot{n}", choices) for n in range(self.num_slots))
+
+    def canonical(self, arch: Arch) -> Arch:
+        return arch
+
+
+class ToyCosts:
+    """An additive cost."""
+
+    metrics = ("cost",)
+
+    def __init__(self, sizes: tuple[int, int], seed: int) -> None:
+        self.additive = np.random.default_rng(seed).uniform(1, 4, size=(1, *sizes))
+
+    def of(self, archs: Sequence[Arch]) -> FloatArray:
+        rows_NS: IntArray = np.array([arch.choices for arch in archs], dtype=np.int64)
+        return np.asarray(self.additive[0][np.arange(rows_NS.shape[1]), rows_NS].sum(axis=1, keepdims=True))
+
+
+class ToyEvaluator:
+    """Random merits, added up; knows its answers at once."""
+
+    noisy = False
+    trains = False
+
+    def __init__(self, sizes: tuple[int, int], seed: int) -> None:
+        self._merit_SC = np.random.default_rng([seed, 1]).normal(size=sizes)
+
+    def losses(self, archs: Sequence[Arch], *, step: int, thorough: bool = False) -> FloatArray:
+        rows_NS = np.array([arch.choices for arch in archs], dtype=np.int64)
+        return np.asarray(self._merit_SC[np.arange(rows_NS.shape[1]), rows_NS].sum(axis=1, keepdims=True))
+
+    def fit(self, archs: Sequence[Arch], *, step: int) -> FitInfo:
+        return FitInfo(0.0)
+
+    def state(self) -> Arrays:
+        return {}
+
+    def load_state(self, state: Arrays) -> None:
+        pass
+
+
+def growth(slots: int, choices: int, tiers: int, iterations: int, seed: int) -> Json:
+    """Seconds of an iteration of `importance` that has nothing to wait for."""
+    sizes = (slots, choices)
+    costs = ToyCosts(sizes, seed)
+    largest = float(costs.additive.max(axis=2).sum())
+    problem = SearchProblem(
+        space=ToySpace(slots, choices),
+        costs={"toy": costs},
+        tiers=tuple(
+            Tier("toy", f"t{n}", (Limit("cost", share * largest, False, "share"),))
+            for n, share in enumerate(np.linspace(0.5, 0.8, tiers).tolist())
+        ),
+        evaluator=ToyEvaluator(sizes, seed),
+        evaluations=2 * tiers * iterations,
+        seed=seed,
+        save_every_s=float("inf"),
+    )
+    ends: list[float] = []
+    method = METHODS["importance"]
+    method.run(
+        problem,
+        method.config(),
+        checkpoint=NoCheckpoint(),
+        trace=lambda record: ends.append(time.perf_counter()),
+        progress=Silent(),
+    )
+    return {
+        "slots": slots,
+        "choices": choices,
+        "tiers": tiers,
+        "own_seconds": float(np.median(np.diff(ends))),
+    }
+
+
+# -------------------------------------------------------------------------------------------------- options
+
+
+def training_step(
+    space: MBConvSpace, arch: Arch, images: Tensor, labels: Tensor, option: str
+) -> Callable[[], float]:
+    """Takes one SGD step with an option and returns its seconds; the option "" is the default."""
+    layout = torch.contiguous_format if option == "channels-first" else torch.channels_last
+    with seeded(0):
+        network = space.build(arch).train()
+    network.to(images.device, memory_format=layout)  # type: ignore[call-overload]
+    compute: Callable[[Tensor], Tensor] = torch.compile(network) if option == "compile" else network
+    batch = images.to(memory_format=layout)
+    optimiser = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, fused=True)
+    autocast = partial(torch.autocast, images.device.type, torch.bfloat16, enabled=option == "bf16")
+
+    def step() -> float:
+        _finish(images)
+        began = time.perf_counter()
+        with autocast():
+            logits = compute(batch)
+        optimiser.zero_grad(set_to_none=True)
+        F.cross_entropy(logits.float(), labels).backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+        _finish(images)
+        return time.perf_counter() - began
+
+    return step
+
+
+def _finish(images: Tensor) -> None:
+    if images.is_cuda:
+        torch.cuda.synchronize(images.device)
+
+
+def option_ratio(
+    space: MBConvSpace, archs: Sequence[Arch], images: Tensor, labels: Tensor, option: str, pairs: int
+) -> Json:
+    """Step time with the option against the default."""
+    ratios: list[float] = []
+    for arch in archs:
+        with_option = training_step(space, arch, images, labels, option)
+        default = training_step(space, arch, images, labels, "")
+        for _ in range(3):
+            with_option(), default()
+        for number in range(pairs):
+            if number % 2:
+                own = with_option()
+                ratios.append(own / default())
+            else:
+                other = default()
+                ratios.append(with_option() / other)
+    median, low, high = median_interval(np.array(ratios), np.random.default_rng(0))
+    return {"option": option, "median": median, "low": low, "high": high}
+
+
+# --------------------------------------------------------------------------------------------------- script
+
+
+def arguments() -> Namespace:
+    parser = parser_for("throughput", __doc__, "--json throughput.json")
+    parser.add_argument("--data", default="digits", help="whose images the supernet trains on")
+    parser.add_argument("--tiers", type=whole_numbers, default=[1, 2, 5, 15])
+    parser.add_argument("--iterations", type=int, default=24, help="of every search")
+    parser.add_argument("--members", type=int, default=3, help="networks that options are tried on")
+    parser.add_argument("--pairs", type=int, default=10, help="of steps, per network and option")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--options", default=",".join(OPTIONS))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def main() -> bool:
+    asked = arguments()
+    start_tuned("throughput")
+    evidence = Evidence("throughput")
+    torch.set_flush_denormal(True)
+    task = load_task(asked.data, seed=0, progress=Silent())
+    space = MBConvSpace(task.image_shape, len(task.classes))
+    shares = [overhead(space, task, count, asked.iterations, asked.seed) for count in asked.tiers]
+    grown = [
+        growth(slots, choices, count, asked.iterations, asked.seed)
+        for slots, choices in GROWTH
+        for count in (1, 15)
+    ]
+    options = _options(asked, space)
+    return evidence.finish(
+        asked.json,
+        seeds=[asked.seed],
+        numbers={"overhead": shares, "growth": grown, "options": options, "threads": torch.get_num_threads()},
+        targets=[
+            at_most(f"the search's own share of a step, {n['tiers']} tiers", n["share"], SHARE_LIMIT)
+            for n in shares
+        ],
+        table=_tables(shares, grown, options),
+    )
+
+
+def _options(asked: Namespace, space: MBConvSpace) -> list[Json]:
+    archs = sampled_paths(space, asked.members, np.random.default_rng(asked.seed))
+    channels, height, width = space.image_shape
+    with seeded(asked.seed):
+        images = torch.randn(asked.batch, channels, height, width, device=asked.device)
+        labels = torch.randint(space.num_classes, (asked.batch,), device=asked.device)
+    names = filter(None, asked.options.split(","))
+    return [option_ratio(space, archs, images, labels, name, asked.pairs) for name in names]
+
+
+def _tables(shares: Sequence[Json], grown: Sequence[Json], options: Sequence[Json]) -> str:
+    overheads = [
+        [
+            n["tiers"],
+            f"{1e3 * n['own_seconds']:.2f} ms",
+            f"{1e3 * n['step_seconds']:.0f} ms",
+            f"{1e3 * n['evaluation_seconds']:.0f} ms",
+            f"{100 * n['share']:.2f} %",
+        ]
+        for n in shares
+    ]
+    sizes = [
+        [f"{n['slots']} × {n['choices']}", n["tiers"], f"{1e3 * n['own_seconds']:.2f} ms"] for n in grown
+    ]
+    ratios = [[n["option"], f"{n['median']:.3f} ({n['low']:.3f} to {n['high']:.3f})"] for n in options]
+    return "\n\n".join(
+        [
+            markdown_table(
+                ["tiers", "own time", "training step", "evaluations", "share of a step"], overheads
+            ),
+            markdown_table(["slots × choices", "tiers", "own time"], sizes),
+            markdown_table(["option", "step against the default"], ratios),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)
