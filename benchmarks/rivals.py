@@ -3,7 +3,8 @@
 For every tier of a finished run:
 
 - random: members of the space drawn uniformly among those predicted to use 93 to 100 % of the budget, the
-  first three that keep it when timed; the best on the architecture split counts, as a user would choose;
+  first three that keep it when timed; the best on the architecture split counts, as a user would choose.
+  With `--random paid` as many as could be trained in the time that search and derive took for the tier;
 - uniform: members that make the same choice everywhere, nearest under the budget by prediction, the first
   two that keep it when timed (further below where none is in that band; `use` says); again the better one;
 - MobileNetV2-like: benchmarks/mobilenet.py, its width chosen by bisection on timed latency.
@@ -29,6 +30,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.random import Generator
+from scipy import stats
 
 from benchmarks.mobilenet import mobilenet, mobilenet_plan, widest_within, write_for_timing
 from benchmarks.record import (
@@ -48,7 +50,7 @@ from pipeline.costs.counts import module_flops, module_params
 from pipeline.devices.hardware import usable_cores
 from pipeline.engine import Engine, InProcess, Processes, Share
 from pipeline.errors import ConfigError, InfeasibleBudget, RunFolderError
-from pipeline.report.manifest import MANIFEST
+from pipeline.report.manifest import MANIFEST, read_manifest
 from pipeline.run import Run, open_run, prepare_compute
 from pipeline.spaces.base import SearchSpace
 from pipeline.spaces.mbconv import Plan
@@ -330,7 +332,8 @@ def best_of(members: Sequence[Json], role: str) -> Json | None:
 
 
 def compare(members: Sequence[Json]) -> Json:
-    """Per rival its best, and the searched network's margin in points of test accuracy; below 0 it loses."""
+    """Per rival its best, and the searched network's margin in points of test accuracy, with its interval
+    where there are several seeds; below 0 it loses."""
     searched = best_of(members, SEARCHED)
     assert searched is not None
     best = {role: best_of(members, role) for role in RIVALS}
@@ -340,8 +343,20 @@ def compare(members: Sequence[Json]) -> Json:
         "margins": {
             role: None if rival is None else searched["test"] - rival["test"] for role, rival in best.items()
         },
+        "intervals": {
+            role: None if rival is None else margin_interval(searched["test_by_seed"], rival["test_by_seed"])
+            for role, rival in best.items()
+        },
         "all": list(members),
     }
+
+
+def margin_interval(searched: Sequence[float], rival: Sequence[float]) -> tuple[float, float] | None:
+    """Welch's 95 % interval of the difference of means; None with fewer than two seeds."""
+    if min(len(searched), len(rival)) < 2:
+        return None
+    interval = stats.ttest_ind(searched, rival, equal_var=False).confidence_interval(0.95)
+    return float(interval.low), float(interval.high)
 
 
 def comparison_targets(tiers: dict[str, Json]) -> list[Target]:
@@ -371,11 +386,17 @@ def comparison_table(tiers: dict[str, Json]) -> str:
                     format_value("flops", member["flops"]),
                     f"{member['architecture']:.2f}",
                     f"{member['test']:.2f}",
-                    "" if margin is None else f"{margin:+.2f}",
+                    _shown_margin(margin, result["intervals"].get(member["role"])),
                 ]
             )
     notes = [f"{tier}: {reason}." for tier, result in tiers.items() for reason in result["missing"].values()]
     return "\n\n".join([markdown_table(headings, rows), *notes])
+
+
+def _shown_margin(margin: float | None, interval: tuple[float, float] | None) -> str:
+    if margin is None:
+        return ""
+    return f"{margin:+.2f}" + ("" if interval is None else " ({:+.2f} to {:+.2f})".format(*interval))
 
 
 # ----------------------------------------------------------------------------------------------------- script
@@ -431,6 +452,22 @@ def origin_of(run: Run, tier: Tier) -> str | None:
     return next((str(t["origin"]) for t in record["trials"] if t["arch"] == record["arch"]), None)
 
 
+def paid_members(run: Run, tier: Tier, recipe: Recipe) -> int:
+    """How many networks could be trained instead in the tier's share of what search and derive took, at
+    least one: core seconds, and a training's as the tier's own network took."""
+    stages = read_manifest(run.folder.root)["stages"]
+    cores = len(usable_cores())
+    share_s = cores * float(stages["search"] + stages["derive"]) / len(run.tiers)
+    own = run.done(run.tier_path(tier, "train.json"), "retrain")
+    training_s = float(own["seconds"]) * recipe.epochs / int(own["epochs"])
+    return max(1, round(share_s / training_s))
+
+
+def _number_or_paid(text: str) -> int | None:
+    """None for `paid`."""
+    return None if text == "paid" else int(text)
+
+
 def arguments() -> Namespace:
     parser = parser_for("rivals", __doc__, "--run-folder exports/cifar10 --json rivals-cifar10.json")
     parser.add_argument("--run-folder", type=Path, required=True, metavar="FOLDER", help="a finished run")
@@ -443,7 +480,9 @@ def arguments() -> Namespace:
         default=[0],
         help="of training, with commas between; the first draws rivals",
     )
-    parser.add_argument("--random", type=int, default=3, help="random members per tier")
+    parser.add_argument(
+        "--random", type=_number_or_paid, default=3, metavar="N|paid", help="random members per tier"
+    )
     parser.add_argument("--uniform", type=int, default=2, help="uniform members per tier")
     return parser.parse_args()
 
@@ -463,9 +502,20 @@ def main() -> bool:
     tiers = chosen_tiers(run, asked.tiers)
     work = RunFolder(asked.work or folder.with_name(f"{folder.name}-rivals"))
     gym = Gym(run, work, comparable_recipe(run.config.retrain, asked.epochs))
-    counts = {RANDOM: asked.random, UNIFORM: asked.uniform}
     with work.locked():
-        selected = {tier: selection_of(run, work, tier, counts, seeds[0]) for tier in tiers}
+        selected = {
+            tier: selection_of(
+                run,
+                work,
+                tier,
+                {
+                    RANDOM: asked.random or paid_members(run, tier, gym.recipe),
+                    UNIFORM: asked.uniform,
+                },
+                seeds[0],
+            )
+            for tier in tiers
+        }
         entrants = {tier: members for tier, (members, _) in selected.items()}
         for tier, seed in itertools.product(tiers, seeds):
             gym.take_from_run(tier, entrants[tier][0], seed)

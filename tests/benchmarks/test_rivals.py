@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,7 @@ def member(role: str, architecture: float, test: float) -> Json:
         "flops": 2000,
         "architecture": architecture,
         "test": test,
+        "test_by_seed": [test],
     }
 
 
@@ -208,6 +210,7 @@ def test_the_best_is_chosen_by_the_architecture_split_and_judged_by_test() -> No
     result = compare(members)
     assert result["best"]["random"] is members[1]
     assert result["margins"] == {"random": 1.0, "uniform": -0.5, "MobileNetV2-like": None}
+    assert result["intervals"] == dict.fromkeys(result["margins"])
     tiers = {"cpu/s": {"budget_ms": 0.1, "missing": {"MobileNetV2-like": "does not fit"}, **result}}
     assert {t.name: t.passed for t in comparison_targets(tiers)} == {
         "cpu/s: searched against random": True,
@@ -216,6 +219,26 @@ def test_the_best_is_chosen_by_the_architecture_split_and_judged_by_test() -> No
     table = comparison_table(tiers)
     assert "| best of 2 random | 97.0 % |" in table and "| +1.00 |" in table and "| -0.50 |" in table
     assert "cpu/s: does not fit." in table
+
+
+def test_several_seeds_give_the_margin_an_interval() -> None:
+    """Welch's by hand: standard errors 1/√3 each, four degrees of freedom, t = 2.776."""
+    low, high = rivals.margin_interval([4.0, 5.0, 6.0], [1.0, 2.0, 3.0]) or (0.0, 0.0)
+    assert (low, high) == pytest.approx((3 - 2.776 * (2 / 3) ** 0.5, 3 + 2.776 * (2 / 3) ** 0.5), abs=1e-3)
+    assert rivals.margin_interval([4.0], [1.0, 2.0]) is None
+
+
+def test_as_many_random_members_as_the_search_would_have_paid_for(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rivals, "usable_cores", lambda: [0, 1])
+    monkeypatch.setattr(rivals, "read_manifest", lambda root: {"stages": {"search": 100.0, "derive": 200.0}})
+    path = run.tier_path(TIER, "train.json")
+    run.folder.write_record(path, {"seconds": 50.0, "epochs": 10}, {"x": sha256_json(1)})
+    run.__dict__["tiers"] = (TIER, replace(TIER, name="m"))
+    assert rivals.paid_members(run, TIER, Recipe(epochs=10)) == 6
+    assert rivals.paid_members(run, TIER, Recipe(epochs=5)) == 12
+    assert rivals.paid_members(run, TIER, Recipe(epochs=1000)) == 1
 
 
 def test_where_the_searched_network_comes_from(run: Run) -> None:
