@@ -5,9 +5,9 @@ random members, drawn uniformly and none of them among those measured, are timed
 network and compared with the prediction. Beside it, from the same measurements:
 
 - FLOPs: a + b·multiply-adds, fitted to the same measured networks by the same relative least squares;
-- blocks: every stem, block and head is timed as a network of its own (batch norm folded, as in the whole
-  one), and a network's latency is the sum over its blocks, the usual look-up table; the sum's scale is
-  fitted to the measured networks, which the usual table does not get.
+- blocks (`mbconv`): every stem, block and head is timed as a network of its own (batch norm folded, as in
+  the whole one), and a network's latency is the sum over its blocks, the usual look-up table; the sum's
+  scale is fitted to the measured networks, which the usual table does not get.
 """
 
 from __future__ import annotations
@@ -31,8 +31,12 @@ from pipeline.deploy.export import export_skeleton
 from pipeline.devices.environment import timing_environment
 from pipeline.devices.measure import measure
 from pipeline.devices.profile import DeviceProfile, load_profile
+from pipeline.spaces.base import SearchSpace
+from pipeline.spaces.mbconv import NAME as MBCONV
 from pipeline.spaces.mbconv import MBConvSettings, MBConvSpace
 from pipeline.spaces.mbconv_modules import MBConvNetwork
+from pipeline.spaces.nb201 import NAME as NB201
+from pipeline.spaces.nb201 import NB201Settings, NB201Space, live_edges
 from pipeline.types import Arch, FloatArray, Json, Progress
 from pipeline.ui import progress_for
 
@@ -126,12 +130,17 @@ def fitted(terms_NT: FloatArray, measured_ms: FloatArray, unseen_MT: FloatArray)
     return np.asarray(unseen_MT @ weights_T)
 
 
-def flops_terms(space: MBConvSpace, archs: Sequence[Arch]) -> FloatArray:
+def computes(arch: Arch) -> bool:
+    """Whether the output depends on the input, which some cells of `nb201` leave open."""
+    return arch.space != NB201 or any(live_edges(arch.choices))
+
+
+def flops_terms(space: SearchSpace, archs: Sequence[Arch]) -> FloatArray:
     return np.array([[1.0, flops(space.layers(arch))] for arch in archs])
 
 
 def compare(
-    space: MBConvSpace, profile: DeviceProfile, networks: int, unseen: int, seed: int, progress: Progress
+    space: SearchSpace, profile: DeviceProfile, networks: int, unseen: int, seed: int, progress: Progress
 ) -> Json:
     with tempfile.TemporaryDirectory(prefix="budgetline-predictor-") as folder:
         cache, environment = Path(folder), timing_environment()
@@ -160,28 +169,29 @@ def compare(
         )
         rng = np.random.default_rng([seed, 1])
         known = set(model.archs)
-        archs = [a for a in sampled_paths(space, unseen + networks, rng) if a not in known][:unseen]
+        drawn = sampled_paths(space, 2 * unseen + networks, rng)
+        archs = [arch for arch in drawn if arch not in known and computes(arch)][:unseen]
         truth_ms = np.array([record.latency_ms for record in bench.time(archs)])
-        blocks = BlockTable(space, [*model.archs, *archs], bench)
+        blocks = BlockTable(space, [*model.archs, *archs], bench) if isinstance(space, MBConvSpace) else None
     predictions = {
         OURS: model.predictor.predict([space.layers(arch) for arch in archs]),
         FLOPS: fitted(
             flops_terms(space, model.archs), np.array(model.measured_ms), flops_terms(space, archs)
         ),
-        BLOCKS: fitted(
-            blocks.sums_ms(model.archs)[:, None],
-            np.array(model.measured_ms),
-            blocks.sums_ms(archs)[:, None],
-        ),
     }
+    if blocks is not None:
+        sums_ms, unseen_ms = blocks.sums_ms(model.archs), blocks.sums_ms(archs)
+        predictions[BLOCKS] = fitted(sums_ms[:, None], np.array(model.measured_ms), unseen_ms[:, None])
     return {
+        "space": space.name,
         "size": space.image_shape[1],
         "measured_networks": len(model.archs),
         "seconds": seconds,
         "latency_ms": {"least": truth_ms.min(), "median": np.median(truth_ms), "most": truth_ms.max()},
         "own_estimate": model.held_out.to_json(),
-        "blocks_timed": len(blocks.ms),
-        "unscaled_sum_of_blocks": float(np.median(blocks.sums_ms(archs) / truth_ms)),
+        "blocks": None
+        if blocks is None
+        else {"timed": len(blocks.ms), "unscaled_sum": float(np.median(blocks.sums_ms(archs) / truth_ms))},
         "held_out": {
             name: HeldOutError.of(predicted, truth_ms).to_json() for name, predicted in predictions.items()
         },
@@ -192,8 +202,20 @@ def compare(
     }
 
 
+def mbconv(image_shape: tuple[int, int, int], profile: DeviceProfile) -> SearchSpace:
+    return MBConvSpace(image_shape, CLASSES, MBConvSettings(lane=profile.lane))
+
+
+def nb201(image_shape: tuple[int, int, int], profile: DeviceProfile) -> SearchSpace:
+    """Networks as large as the table's."""
+    return NB201Space(image_shape, CLASSES, NB201Settings(cells=5, channels=16))
+
+
+SPACES_SHOWN = {MBCONV: mbconv, NB201: nb201}
+
+
 def targets_of(result: Json) -> list[Target]:
-    ours, size = result["held_out"][OURS], result["size"]
+    ours, size = result["held_out"][OURS], f"{result['space']} {result['size']}"
     return [
         at_least(f"{size}: within 10 %", 100 * ours["within_10_percent"], 99, " %"),
         at_least(f"{size}: within 5 %", 100 * ours["within_5_percent"], 90, " %"),
@@ -206,7 +228,7 @@ def targets_of(result: Json) -> list[Target]:
 def table_of(results: Sequence[Json]) -> str:
     rows = [
         [
-            f"{result['size']}×{result['size']}, {name}",
+            f"{result['space']} {result['size']}×{result['size']}, {name}",
             error["networks"],
             f"{100 * error['mape']:.2f} %",
             f"{100 * error['within_5_percent']:.1f} %",
@@ -224,6 +246,7 @@ def table_of(results: Sequence[Json]) -> str:
 def main() -> bool:
     parser = parser_for("predictor", __doc__, "--json predictor.json")
     parser.add_argument("--profile", default="cpu-1thread")
+    parser.add_argument("--space", choices=SPACES_SHOWN, default=MBCONV)
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 96], help="input sides in pixels")
     parser.add_argument("--networks", type=int, default=30, help="measured for the fit")
     parser.add_argument("--unseen", type=int, default=200)
@@ -231,10 +254,17 @@ def main() -> bool:
     asked = parser.parse_args()
     evidence = Evidence("predictor")
     profile, progress = load_profile(asked.profile), progress_for(Console(stderr=True))
-    results = []
-    for size in asked.sizes:
-        space = MBConvSpace((3, size, size), CLASSES, MBConvSettings(lane=profile.lane))
-        results.append(compare(space, profile, asked.networks, asked.unseen, asked.seed, progress))
+    results = [
+        compare(
+            SPACES_SHOWN[asked.space]((3, size, size), profile),
+            profile,
+            asked.networks,
+            asked.unseen,
+            asked.seed,
+            progress,
+        )
+        for size in asked.sizes
+    ]
     return evidence.finish(
         asked.json,
         seeds=[asked.seed],

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from benchmarks.record import Evidence, at_most, markdown_table, parser_for, run_script, start_tuned
 from pipeline.algorithms.evolution import random_choices
 from pipeline.costs.counts import flops
+from pipeline.spaces.base import SearchSpace
 from pipeline.spaces.mbconv import MBConvSpace
 from pipeline.spaces.mbconv_modules import MBConvSupernet
 from pipeline.train.retrain import seeded
@@ -29,7 +30,7 @@ CLASSES, LIMIT, RESAMPLES = 10, 1.10, 10_000
 Compute = Callable[[Tensor], Tensor]
 
 
-def sampled_paths(space: MBConvSpace, count: int, rng: Generator) -> list[Arch]:
+def sampled_paths(space: SearchSpace, count: int, rng: Generator) -> list[Arch]:
     """Distinct members, drawn uniformly."""
     sizes = [len(slot.choices) for slot in space.slots]
     drawn: dict[Arch, None] = {}
