@@ -1,162 +1,98 @@
-"""Search methods on a table of trained networks: mean regret against the number of evaluations.
+"""Search methods on a table of trained networks: regret per tier against the number of evaluations.
 
     python -m benchmarks.search_tabular --table nb201_cifar10.npz --json FILE [--signal COLUMN] [--truth
-    COLUMN] [--cost COLUMN] [--seeds N] [--noise STD]
+    COLUMN] [--cost COLUMN] [--noise STD] [--seeds N] [--methods NAMES] [--work DIR] [--jobs N]
 
-Five tiers at the 10, 30, 50, 70 and 95 % quantiles of the cost. A method searches on the signal; after so
-many evaluations each tier takes the best signal seen within its budget, and its regret is what the truth
-then lacks of the best truth within that budget. With noise, every evaluation has fresh Gaussian noise of
-that size (in the signal's unit), and the choice is made by each architecture's mean answer.
+Five tiers at the 10, 30, 50, 70 and 95 % quantiles of the cost. A method searches on the signal and is
+judged by the truth (and, beside it, by the signal without noise): `benchmarks/search_judging.py`. Who takes
+part, how, and what counts as an evaluation: `benchmarks/search_methods.py`. With --noise, every evaluation
+has fresh Gaussian noise of that size in the signal's unit; 1 per cent is what a minibatch of 1,000 images
+brings at 90 %. Any table of the same form serves, its columns named.
+
+Every (method, seed) is kept in the work folder as one JSON; a seed that is there is not searched again, so
+the same command goes on where it stopped. Where a method's code has changed, remove its records.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
-from collections.abc import Sequence
+from argparse import Namespace
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from scipy import stats
 
-from pipeline.evaluators.tabular import Benchmark, TabularEvaluator, load_benchmark
-from pipeline.progress import NoCheckpoint, Silent
-from pipeline.search import METHODS
-from pipeline.search.base import SearchProblem
-from pipeline.search.importance import Importance
-from pipeline.settings import Settings
-from pipeline.types import Arch, FitInfo, FloatArray, Json, Limit, Tier
+from benchmarks.record import run_script
+from benchmarks.search_judging import Contest, Quality
+from benchmarks.search_runs import compare, parser_of
+from pipeline.artifacts import sha256_file
+from pipeline.evaluators.tabular import Benchmark, load_benchmark
+from pipeline.types import FloatArray, IntArray, Json, Limit, Tier
 
-COUNTS = (50, 100, 150, 200, 300, 400, 600, 800)
-FIRST_SEED = 1000
-"""Lower seeds chose the default settings of `importance` (on `macs_M`), so they cannot judge it."""
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.95)
-COMPETITORS: dict[str, tuple[str, Settings]] = {
-    "importance": ("importance", Importance()),
-    "importance (weights)": ("importance", Importance(guide="weights")),
-    **{name: (name, METHODS[name].config()) for name in ("asng", "random", "evolution")},
-}
+COLUMNS = ("signal", "truth", "cost")
 
 
-class Recording:
-    """An evaluator that writes down what was asked, in order, and what it answered."""
-
-    def __init__(self, inner: TabularEvaluator) -> None:
-        self._inner = inner
-        self.noisy, self.trains = inner.noisy, inner.trains
-        self.asked: list[Arch] = []
-        self.answers: list[float] = []
-
-    def losses(self, archs: Sequence[Arch], *, step: int, thorough: bool = False) -> FloatArray:
-        losses = self._inner.losses(archs, step=step, thorough=thorough)
-        self.asked += archs
-        self.answers += losses[:, 0].tolist()
-        return losses
-
-    def fit(self, archs: Sequence[Arch], *, step: int) -> FitInfo:
-        return self._inner.fit(archs, step=step)
-
-    def state(self) -> Any:
-        return {}
-
-    def load_state(self, state: Any) -> None:
-        pass
-
-
-def tiers_of(table: Benchmark) -> tuple[Tier, ...]:
+def contest_of(table: Benchmark) -> Contest:
+    """The table as a contest, tiers by quantiles of the usable rows' cost."""
+    row_of = {tuple(choices): row for row, choices in enumerate(table.choices_RS.tolist())}
+    usable_R = np.isfinite(table.truth_R)
+    budgets_K = np.quantile(table.cost_R[usable_R], QUANTILES)
+    within_KR = (table.cost_R <= budgets_K[:, None]) & usable_R
     (metric,) = table.costs.metrics
-    usable = table.cost_R[np.isfinite(table.truth_R)]
-    return tuple(
-        Tier("table", f"{q:.0%}", (Limit(metric, float(np.quantile(usable, q)), False, f"{q:.0%}"),))
-        for q in QUANTILES
+
+    def column(values_R: FloatArray, choices_NS: IntArray) -> FloatArray:
+        return values_R[[row_of[tuple(choices)] for choices in choices_NS.tolist()]]
+
+    def quality(values_R: FloatArray) -> Quality:
+        best_K = np.where(within_KR, values_R, -np.inf).max(axis=1)
+        return Quality(partial(column, values_R), best_K, float(values_R[usable_R].min()))
+
+    qualities = {"truth": quality(table.truth_R), "signal": quality(table.signal_R)}
+    chosen_K = np.where(within_KR, table.signal_R, -np.inf).argmax(axis=1)
+    tiers = tuple(
+        Tier("table", f"{q:.0%}", (Limit(metric, float(budget), False, f"{q:.0%}"),))
+        for q, budget in zip(QUANTILES, budgets_K, strict=True)
+    )
+    return Contest(
+        table.space,
+        table.costs,
+        tiers,
+        table.evaluator.reseeded,
+        qualities,
+        middle=float(np.median(table.signal_R[usable_R])),
+        floor=float((qualities["truth"].best_K - table.truth_R[chosen_K]).mean()),
     )
 
 
-def regrets(table: Benchmark, tiers: Sequence[Tier], recording: Recording) -> FloatArray:
-    """Regret per count and tier; a tier with nothing within its budget regrets the whole range of the
-    truth."""
-    row = {tuple(choices): r for r, choices in enumerate(table.choices_RS.tolist())}
-    asked_E = np.array([row[arch.choices] for arch in recording.asked])
-    answers_E = np.array(recording.answers)
-    budgets = [limit.value for tier in tiers for limit in tier.limits]
-    return np.array(
-        [
-            [_regret(table, asked_E[:count], answers_E[:count], budget) for budget in budgets]
-            for count in COUNTS
-        ]
-    )
+@lru_cache(maxsize=1)
+def load(path: Path, signal: str, truth: str, cost: str, noise: float) -> Contest:
+    return contest_of(load_benchmark(path, signal=signal, truth=truth, cost=cost, noise_std=noise))
 
 
-def _regret(table: Benchmark, asked_E: Any, answers_E: FloatArray, budget: float) -> float:
-    within = table.cost_R <= budget
-    best = np.nanmax(np.where(within, table.truth_R, np.nan))
-    fits_E = within[asked_E] & np.isfinite(table.truth_R[asked_E])
-    if not fits_E.any():
-        return float(best - np.nanmin(table.truth_R))
-    rows, index = np.unique(asked_E[fits_E], return_inverse=True)
-    mean_answer = np.bincount(index, answers_E[fits_E]) / np.bincount(index)
-    return float(best - table.truth_R[rows[mean_answer.argmin()]])
+def same_for_every_seed(path: Path, signal: str, truth: str, cost: str, noise: float, seed: int) -> Contest:
+    return load(path, signal, truth, cost, noise)
 
 
-def measure(table: Benchmark, name: str, seeds: int) -> tuple[FloatArray, float]:
-    """Regrets, shape (seeds, counts, tiers), and seconds per search."""
-    method, config = COMPETITORS[name]
-    tiers, started, all_regrets = tiers_of(table), time.perf_counter(), []
-    for seed in range(FIRST_SEED, FIRST_SEED + seeds):
-        recording = Recording(table.evaluator)
-        costs = {"table": table.costs}
-        problem = SearchProblem(table.space, costs, tiers, recording, COUNTS[-1], seed=seed)
-        METHODS[method].run(
-            problem, config, checkpoint=NoCheckpoint(), trace=lambda record: None, progress=Silent()
-        )
-        all_regrets.append(regrets(table, tiers, recording))
-    return np.array(all_regrets), (time.perf_counter() - started) / seeds
+def identity(asked: Namespace) -> Json:
+    """What a search depends on, beside its method and its seed."""
+    columns = {name: getattr(asked, name) for name in COLUMNS}
+    return {"table": sha256_file(asked.table), "quantiles": list(QUANTILES), **columns, "noise": asked.noise}
 
 
-def summary(ours: FloatArray, theirs: FloatArray) -> Json:
-    """Mean regret over tiers per count, half the 95 % interval, and the paired test that ours is lower."""
-    mean_seeds, ours_seeds = theirs.mean(axis=2), ours.mean(axis=2)
-    half = stats.t.ppf(0.975, len(theirs) - 1) * mean_seeds.std(axis=0, ddof=1) / np.sqrt(len(theirs))
-    record: Json = {
-        "regret": mean_seeds.mean(axis=0).round(4).tolist(),
-        "interval": half.round(4).tolist(),
-        "regret_per_tier": theirs.mean(axis=0).round(4).tolist(),
-    }
-    if ours is not theirs:
-        test = stats.ttest_rel(ours_seeds, mean_seeds, axis=0, alternative="less")
-        record["p_importance_is_lower"] = np.nan_to_num(test.pvalue, nan=1.0).round(5).tolist()
-    return record
+def arguments() -> Namespace:
+    parser = parser_of("search_tabular", __doc__, "--table nb201_cifar10.npz --json tabular.json", target=0.5)
+    parser.add_argument("--table", type=Path, required=True, metavar="FILE", help="nb201_cifar10.npz, say")
+    parser.add_argument("--signal", default="val_acc_12ep", metavar="COLUMN", help="what is searched on")
+    parser.add_argument("--truth", default="test_acc_200ep", metavar="COLUMN", help="what is judged by")
+    parser.add_argument("--cost", default="macs_M", metavar="COLUMN", help="what tiers limit")
+    return parser.parse_args()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--table", type=Path, required=True)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--signal", default="val_acc_12ep")
-    parser.add_argument("--truth", default="test_acc_200ep")
-    parser.add_argument("--cost", default="macs_M")
-    parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--noise", type=float, default=0.0)
-    asked = parser.parse_args()
-    table = load_benchmark(
-        asked.table, signal=asked.signal, truth=asked.truth, cost=asked.cost, noise_std=asked.noise
-    )
-    results: Json = {}
-    print(f"{'evaluations':24s}" + "".join(f"{count:>13d}" for count in COUNTS))
-    ours, _ = first = measure(table, "importance", asked.seeds)
-    for name in COMPETITORS:
-        regret, seconds = first if name == "importance" else measure(table, name, asked.seeds)
-        results[name] = {**summary(ours, regret), "seconds_per_search": round(seconds, 3)}
-        shown = zip(results[name]["regret"], results[name]["interval"], strict=True)
-        print(f"{name:24s}" + "".join(f"  {mean:5.2f} ± {half:.2f}" for mean, half in shown), flush=True)
-    settings = {name: str(value) for name, value in vars(asked).items()} | {
-        "quantiles": QUANTILES,
-        "first_seed": FIRST_SEED,
-    }
-    asked.json.write_text(json.dumps({"settings": settings, "counts": COUNTS, "methods": results}, indent=2))
+def main() -> bool:
+    asked = arguments()
+    make = partial(same_for_every_seed, asked.table, asked.signal, asked.truth, asked.cost, asked.noise)
+    return compare("search_tabular", asked, {"table": (make, identity(asked))})
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

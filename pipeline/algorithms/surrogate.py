@@ -2,9 +2,15 @@
 evaluated.
 
 C. E. Rasmussen, C. K. I. Williams, "Gaussian Processes for Machine Learning", 2006, chapter 2 (prediction)
-and 5 (marginal likelihood). The kernel is exp(−h/ℓ) of the Hamming distance h; it holds additive effects of
-choices as well as interactions. Evaluations of one group (made on the same minibatch, with the same
-weights) may share an offset, which prediction leaves out. Axes: N evaluations, S slots, Q queries.
+and 5 (marginal likelihood). Ours are the kernel and the scale. The kernel is a mixture of exp(−h/ℓ) and
+exp(−c/ℓ): h counts the slots where two architectures differ, c those that would still differ if choices
+could trade places among slots that offer the same ones. So an operation that is good in one stage is
+expected to be good in another, as far as the evaluations bear that out. Losses are seen on a logarithmic
+scale from the best one up, which tells the good apart and lets failures be failures.
+
+Evaluations of one group (made on the same minibatch, with the same weights) may share an offset, which
+prediction leaves out: losses are taken relative to their group's mean, and how far that mean is from the
+mean of all is part of the model. Axes: N evaluations, S slots, Q queries, F features.
 """
 
 from __future__ import annotations
@@ -14,83 +20,172 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.algorithms.categorical import one_hot
-from pipeline.types import FloatArray, IntArray
+from pipeline.types import FloatArray, IntArray, Slot
 
-LENGTHS = (0.3, 0.6, 1.2)
+LENGTHS = (0.3, 0.6, 1.2, 2.4)
 """Length scales tried, in numbers of slots."""
-NOISES = (0.01, 0.1, 0.5)
+NOISES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 """Noise variances tried, in units of the kernel's."""
+TRADES = (0.0, 0.5)
+"""Shares of the kernel tried in which choices may trade places."""
 SELECTION_LIMIT = 160
-"""The latest so many evaluations select length scale and noise."""
+"""The latest so many evaluations select length scale, noise and share."""
+SOFTNESS = 0.2
+"""Where the logarithm begins, in units of the median's distance to the best."""
+
+
+GROUP_VARIANCE = 1.0
+"""Of a group's mean, in units of the kernel's."""
+
+
+class Kernel(NamedTuple):
+    """Length scale (slots), noise variance, and share of trading."""
+
+    length: float
+    noise: float
+    trade: float
 
 
 class Surrogate(NamedTuple):
-    """A fitted process: what was seen, the Cholesky factor of its covariance, and the weights of the mean."""
+    """A fitted process: what was seen, the inverse of its covariance, and the weights of the mean."""
 
-    hot_NF: FloatArray
-    factor_NN: FloatArray
+    slots: tuple[Slot, ...]
+    kernel: Kernel
+    own_NF: FloatArray
+    traded_NF: FloatArray
+    inverse_NN: FloatArray
     weights_N: FloatArray
     mean: float
     scale: float
-    length: float
 
 
 def fit(
     choices_NS: IntArray,
-    values_N: FloatArray,
-    groups_N: IntArray,
-    sizes: Sequence[int],
-    group_variance: float = 0.0,
+    losses_N: FloatArray,
+    slots: Sequence[Slot],
+    groups_N: IntArray | None = None,
+    kernel: Kernel | None = None,
 ) -> Surrogate:
-    """The process given N evaluations; length scale and noise are those of the largest marginal likelihood.
+    """The process given N evaluations, with the kernel given or the likeliest one (`select`).
 
-    Values beyond the median by more than three times its distance to the best are drawn in to there: how
-    bad a failure is says little about what is good."""
-    from scipy.linalg import cho_solve
+    Without groups, losses are comparable as they are."""
+    from scipy.linalg import lapack
 
-    middle = np.median(values_N)
-    values_N = np.minimum(values_N, middle + 3.0 * (middle - values_N.min()))
-    mean, scale = float(values_N.mean()), float(values_N.std()) or 1.0
-    scaled_N = (values_N - mean) / scale
-    hot_NF = _features(choices_NS, sizes)
-    distance_NN = len(sizes) - hot_NF @ hot_NF.T
-    shared_NN = group_variance * (groups_N[:, None] == groups_N)
-    last = slice(-SELECTION_LIMIT, None)
-    length, noise = _select(distance_NN[last, last], shared_NN[last, last], scaled_N[last], len(sizes))
-    factor_NN = np.linalg.cholesky(np.exp(-distance_NN / length) + shared_NN + noise * np.eye(len(values_N)))
-    return Surrogate(hot_NF, factor_NN, cho_solve((factor_NN, True), scaled_N), mean, scale, length)
+    own_NF, traded_NF = features(choices_NS, slots)
+    scaled_N, mean, scale = _scaled(losses_N, groups_N)
+    kernel = kernel or select(choices_NS, losses_N, slots, groups_N)
+    covariance_NN = _kernel(own_NF, traded_NF, own_NF, traded_NF, len(slots), kernel)
+    covariance_NN += _offsets(groups_N, len(losses_N))
+    covariance_NN[np.diag_indices(len(losses_N))] += kernel.noise
+    half_NN, failed = lapack.dpotri(np.linalg.cholesky(covariance_NN), lower=1)
+    assert not failed
+    inverse_NN = np.tril(half_NN) + np.tril(half_NN, -1).T
+    return Surrogate(tuple(slots), kernel, own_NF, traded_NF, inverse_NN, inverse_NN @ scaled_N, mean, scale)
 
 
-def predict(
-    surrogate: Surrogate, choices_QS: IntArray, sizes: Sequence[int]
-) -> tuple[FloatArray, FloatArray]:
-    """Posterior mean and standard deviation (without noise) at Q queries, in the values' unit."""
-    from scipy.linalg import solve_triangular
+def predict(surrogate: Surrogate, choices_QS: IntArray) -> FloatArray:
+    """Posterior mean at Q queries, on the logarithmic scale of `fit`: it orders, it is no loss."""
+    return surrogate.mean + surrogate.scale * (_cross(surrogate, choices_QS) @ surrogate.weights_N)
 
-    distance_QN = len(sizes) - _features(choices_QS, sizes) @ surrogate.hot_NF.T
-    kernel_QN = np.exp(-distance_QN / surrogate.length)
-    explained_Q = (solve_triangular(surrogate.factor_NN, kernel_QN.T, lower=True) ** 2).sum(axis=0)
+
+def predict_with_deviation(surrogate: Surrogate, choices_QS: IntArray) -> tuple[FloatArray, FloatArray]:
+    """Posterior mean and standard deviation, noise left out."""
+    cross_QN = _cross(surrogate, choices_QS)
+    explained_Q = np.einsum("qn,qn->q", cross_QN @ surrogate.inverse_NN, cross_QN)
     deviation_Q = surrogate.scale * np.sqrt(np.maximum(1.0 - explained_Q, 0.0))
-    return surrogate.mean + surrogate.scale * (kernel_QN @ surrogate.weights_N), deviation_Q
+    return surrogate.mean + surrogate.scale * (cross_QN @ surrogate.weights_N), deviation_Q
 
 
-def _features(choices_NS: IntArray, sizes: Sequence[int]) -> FloatArray:
-    return one_hot(choices_NS, max(sizes)).reshape(len(choices_NS), -1)
+def select(
+    choices_NS: IntArray, losses_N: FloatArray, slots: Sequence[Slot], groups_N: IntArray | None = None
+) -> Kernel:
+    """The kernel of the largest marginal likelihood by the latest evaluations, the overall variance profiled
+    out."""
+    last = slice(-SELECTION_LIMIT, None)
+    groups_N = None if groups_N is None else groups_N[last]
+    own_NF, traded_NF = features(choices_NS[last], slots)
+    scaled_N, _, _ = _scaled(losses_N[last], groups_N)
+    offsets_NN = _offsets(groups_N, len(scaled_N))
+    can_trade = len({slot.choices for slot in slots}) < len(slots)
+    likelihood: dict[Kernel, float] = {}
+    for length in LENGTHS:
+        for trade in TRADES if can_trade else TRADES[:1]:
+            smooth = Kernel(length * len(slots), 0.0, trade)
+            smooth_NN = _kernel(own_NF, traded_NF, own_NF, traded_NF, len(slots), smooth) + offsets_NN
+            for noise in NOISES:
+                covariance_NN = smooth_NN + noise * np.eye(len(scaled_N))
+                likelihood[smooth._replace(noise=noise)] = _log_likelihood(covariance_NN, scaled_N)
+    return max(likelihood, key=lambda kernel: likelihood[kernel])
 
 
-def _select(
-    distance_NN: FloatArray, shared_NN: FloatArray, values_N: FloatArray, num_slots: int
-) -> tuple[float, float]:
-    """(length, noise) of the largest marginal likelihood, the overall variance profiled out."""
+def _log_likelihood(covariance_NN: FloatArray, values_N: FloatArray) -> float:
     from scipy.linalg import solve_triangular
 
-    def log_likelihood(length: float, noise: float) -> float:
-        covariance_NN = np.exp(-distance_NN / length) + shared_NN + noise * np.eye(len(values_N))
-        factor_NN = np.linalg.cholesky(covariance_NN)
-        white_N = solve_triangular(factor_NN, values_N, lower=True)
-        fit_term = 0.5 * len(values_N) * np.log(max(float(white_N @ white_N), 1e-300) / len(values_N))
-        return float(-fit_term - np.log(np.diag(factor_NN)).sum())
+    factor_NN = np.linalg.cholesky(covariance_NN)
+    white_N = solve_triangular(factor_NN, values_N, lower=True)
+    fit_term = 0.5 * len(values_N) * np.log(max(float(white_N @ white_N), 1e-300) / len(values_N))
+    return float(-fit_term - np.log(np.diag(factor_NN)).sum())
 
-    tried = [(length * num_slots, noise) for length in LENGTHS for noise in NOISES]
-    return max(tried, key=lambda pair: log_likelihood(*pair))
+
+def _scaled(losses_N: FloatArray, groups_N: IntArray | None) -> tuple[FloatArray, float, float]:
+    """Log losses, from the best up, with mean 0 and standard deviation 1, and both."""
+    if groups_N is not None:
+        _, group_N = np.unique(groups_N, return_inverse=True)
+        losses_N = losses_N - (np.bincount(group_N, losses_N) / np.bincount(group_N))[group_N]
+    best = float(losses_N.min())
+    spread = float(np.median(losses_N)) - best or 1.0
+    log_N = np.log((losses_N - best) / spread + SOFTNESS)
+    mean, scale = float(log_N.mean()), float(log_N.std()) or 1.0
+    return (log_N - mean) / scale, mean, scale
+
+
+def _offsets(groups_N: IntArray | None, num: int) -> FloatArray:
+    """What the evaluations of a group have in common, shape (num, num)."""
+    if groups_N is None:
+        return np.zeros((num, num))
+    return GROUP_VARIANCE * np.asarray(groups_N[:, None] == groups_N, dtype=float)
+
+
+# ----------------------------------------------------------------------------------------------------- kernel
+
+
+def features(choices_NS: IntArray, slots: Sequence[Slot]) -> tuple[FloatArray, FloatArray]:
+    """Indicators, shape (N, F) each, whose products count agreements: of choices slot by slot, and of
+    choices sorted within slots that offer the same ones.
+
+    Sorted choices are counted in unary: the first of a choice agrees with the first, and so on. So S less
+    the product is how many slots differ, or how many still would after the best trade."""
+    num_choices = max(len(slot.choices) for slot in slots)
+    own_NSC = (choices_NS[:, :, None] == np.arange(num_choices)).astype(float)
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for s, slot in enumerate(slots):
+        alike.setdefault(slot.choices, []).append(s)
+    traded = []
+    for choices, places in alike.items():
+        count_NC = own_NSC[:, places, : len(choices)].sum(axis=1)
+        traded.append(count_NC[:, :, None] > np.arange(len(places)))
+    traded_NF = np.concatenate([part.reshape(len(choices_NS), -1) for part in traded], axis=1)
+    return own_NSC.reshape(len(choices_NS), -1), traded_NF.astype(float)
+
+
+def _cross(surrogate: Surrogate, choices_QS: IntArray) -> FloatArray:
+    own_QF, traded_QF = features(choices_QS, surrogate.slots)
+    return _kernel(
+        own_QF, traded_QF, surrogate.own_NF, surrogate.traded_NF, len(surrogate.slots), surrogate.kernel
+    )
+
+
+def _kernel(
+    own_QF: FloatArray,
+    traded_QF: FloatArray,
+    own_NF: FloatArray,
+    traded_NF: FloatArray,
+    num_slots: int,
+    kernel: Kernel,
+) -> FloatArray:
+    """Covariance without noise or offsets, shape (Q, N)."""
+    plain_QN = np.exp((own_QF @ own_NF.T - num_slots) / kernel.length)
+    if not kernel.trade:
+        return np.asarray(plain_QN)
+    traded_QN = np.exp((traded_QF @ traded_NF.T - num_slots) / kernel.length)
+    return np.asarray((1 - kernel.trade) * plain_QN + kernel.trade * traded_QN)

@@ -6,7 +6,9 @@ Axes: R rows of the table, S slots, N architectures, J objectives, M metrics.
 
 from __future__ import annotations
 
+import copy
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,9 +30,8 @@ class TableSpace:
         self._sizes = tuple(len(slot.choices) for slot in self.slots)
 
     def canonical(self, arch: Arch) -> Arch:
-        within = len(arch.choices) == len(self._sizes) and all(
-            0 <= choice < size for choice, size in zip(arch.choices, self._sizes, strict=True)
-        )
+        choices, sizes = arch.choices, self._sizes
+        within = len(choices) == len(sizes) and min(choices) >= 0 and all(map(operator.lt, choices, sizes))
         if arch.space != self.name or not within:
             raise ConfigError(
                 f"{arch.space}{list(arch.choices)} is no architecture of space '{self.name}' "
@@ -64,6 +65,12 @@ class TabularEvaluator:
         self._rows = _Rows(choices_RS)
         self._loss_RJ = loss_RJ.reshape(len(choices_RS), -1).astype(float)
         self._noise_std, self._seed = noise_std, seed
+
+    def reseeded(self, seed: int) -> TabularEvaluator:
+        """The same table with noise of its own."""
+        other = copy.copy(self)
+        other._seed = seed
+        return other
 
     @property
     def noisy(self) -> bool:

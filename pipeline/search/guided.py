@@ -2,9 +2,9 @@
 
 Ours. Costs are known for free, losses are dear. So each tier draws many samples of its distribution that
 keep its budget, a Gaussian process fitted to all evaluations of all tiers predicts their losses, and the
-distribution takes ASNG's step on those predictions. Of the samples, `scouts` promising ones (predicted loss
-less `optimism` standard deviations) and for the rest plain ones are evaluated. Axes: K tiers, S slots, C
-choices, N samples, E evaluations.
+distribution takes ASNG's step on those predictions. What is evaluated are the most promising (predicted loss
+less `optimism` standard deviations) among the tier's samples and the offspring of its best architectures so
+far, bred on predictions alone. Axes: K tiers, S slots, C choices, N samples, E evaluations.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.random import Generator
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from pipeline.algorithms import categorical, surrogate
+from pipeline.algorithms import categorical, evolution, surrogate
 from pipeline.algorithms.categorical import Adaptive
-from pipeline.algorithms.surrogate import Surrogate
+from pipeline.algorithms.surrogate import Kernel, Surrogate
 from pipeline.search.base import BandSampler, Sampler, SearchProblem
 from pipeline.settings import Settings
-from pipeline.types import FloatArray, IntArray, Json
+from pipeline.types import FloatArray, IntArray, Json, Slot
 
 
 class GuideSettings(Settings):
     """How the surrogate guides."""
 
     samples_per_tier: int = Field(default=2, ge=1)
-    scouts: int = Field(default=1, ge=0)
-    """How many of a tier's samples are the most promising ones; the others are plain samples."""
     optimism: float = Field(default=0.5, ge=0)
     virtual_samples: int = Field(default=64, ge=4)
     """Samples per tier whose losses are predicted in an iteration."""
+    generations: int = Field(default=2, ge=0)
+    """How often a tier's best are bred on predictions."""
     first_evaluations: int = Field(default=20, ge=2)
     """Evaluations before the surrogate is believed."""
-    memory: int = Field(default=512, ge=16)
+    memory: int = Field(default=800, ge=16)
     """The latest so many evaluations are remembered."""
     low: float = Field(default=0.5, ge=0, lt=1)
     """Samples take this share of the budget at least, while such are found."""
@@ -46,15 +46,20 @@ class GuideSettings(Settings):
     alpha: float = Field(default=1.5, gt=0)
     quantile: float = Field(default=0.25, gt=0, le=0.5)
 
-    @model_validator(mode="after")
-    def _scouts_are_samples(self) -> GuideSettings:
-        if self.scouts > self.samples_per_tier:
-            raise ValueError(f"'scouts' is at most 'samples_per_tier' ({self.samples_per_tier})")
-        return self
+
+PARENTS = 8
+"""Of a tier, in every generation."""
+MUTATION = 0.15
+"""Probability that a slot of a child changes; one changes at least."""
+SHORTLIST = 24
+"""So many of the best predictions are looked at for how sure they are."""
+GROWTH = 1.1
+"""The kernel is selected anew whenever there are so many times the evaluations."""
 
 
 class Guided(NamedTuple):
-    """`Adaptive`, and the evaluations remembered: choices, losses, and which of them were made together."""
+    """`Adaptive`; the evaluations remembered: choices, losses, and which of them were made together; how many
+    there were in all, the kernel, and how many there were when it was selected (0: never)."""
 
     theta_KSC: FloatArray
     slowdown_K: FloatArray
@@ -63,6 +68,9 @@ class Guided(NamedTuple):
     choices_ES: IntArray
     losses_E: FloatArray
     groups_E: IntArray
+    told: IntArray
+    kernel: FloatArray
+    selected_at: IntArray
 
 
 def sampler(problem: SearchProblem, config: GuideSettings) -> tuple[Sampler[Guided], BandSampler]:
@@ -76,8 +84,9 @@ class _Guide:
     def __init__(self, problem: SearchProblem, config: GuideSettings, bands: BandSampler) -> None:
         self.problem, self.config, self.bands = problem, config, bands
         self.sizes = problem.sizes
-        self.changes = not problem.answers_are_fixed
+        self.drifts = problem.evaluator.trains and not problem.is_frozen
         self._model: tuple[FloatArray, Surrogate] | None = None
+        self._drawn: tuple[FloatArray, dict[int, IntArray]] | None = None
 
     def init(self) -> Guided:
         num_choices, weight = max(self.sizes), self.config.start
@@ -86,16 +95,23 @@ class _Guide:
         )
         uniform_KSC = categorical.uniform(self.sizes, len(band_KSC))
         theta_KSC = categorical.with_margin((1 - weight) * uniform_KSC + weight * band_KSC, self.sizes)
-        none = np.zeros(0)
-        nothing_ES = np.zeros((0, len(self.sizes)), dtype=np.int64)
-        return Guided(*categorical.adaptive_start(theta_KSC), nothing_ES, none, none.astype(np.int64))
+        none, zero = np.zeros(0), np.asarray(0, dtype=np.int64)
+        return Guided(
+            *categorical.adaptive_start(theta_KSC),
+            choices_ES=np.zeros((0, len(self.sizes)), dtype=np.int64),
+            losses_E=none,
+            groups_E=none.astype(np.int64),
+            told=zero,
+            kernel=np.zeros(len(Kernel._fields)),
+            selected_at=zero,
+        )
 
     def ask(self, state: Guided, rng: Generator) -> IntArray:
         num = self.config.samples_per_tier
         if self._too_few(state):
             chosen_KNS = [self._within_budget(state, k, num, rng) for k in range(len(self.problem.tiers))]
         else:
-            chosen_KNS = self._scouted(state, rng)
+            chosen_KNS = self._promising(state, rng)
         return np.stack(chosen_KNS, axis=1).reshape(-1, len(self.sizes))
 
     def tell(
@@ -104,11 +120,18 @@ class _Guide:
         state = self._remembering(state, self._canonical(choices_NS), losses_N)
         if self._too_few(state):
             return state
-        gradient_KSC = np.stack([self._gradient(state, k, rng) for k in range(len(self.problem.tiers))])
-        moved = categorical.adaptive_step(
-            Adaptive(*state[:4]), gradient_KSC, self.sizes, self.config.delta0, self.config.alpha
+        state = self._with_kernel(state)
+        gradient_KSC = np.stack(
+            [self._gradient(state, k, self._virtual(state, k, rng)) for k in range(len(self.problem.tiers))]
         )
-        return Guided(*moved, *state[4:])
+        moved = categorical.adaptive_step(
+            Adaptive(state.theta_KSC, state.slowdown_K, state.gamma_K, state.path_KSC),
+            gradient_KSC,
+            self.sizes,
+            self.config.delta0,
+            self.config.alpha,
+        )
+        return state._replace(**moved._asdict())
 
     def watch(
         self, state: Guided, choices_NS: IntArray, losses_N: FloatArray, usage_NK: FloatArray
@@ -136,31 +159,46 @@ class _Guide:
             choices_ES=np.concatenate([state.choices_ES, choices_NS])[last],
             losses_E=np.concatenate([state.losses_E, losses_N])[last],
             groups_E=np.concatenate([state.groups_E, np.full(len(losses_N), group)])[last],
+            told=state.told + len(losses_N),
         )
+
+    def _seen(self, state: Guided) -> tuple[IntArray, FloatArray, Sequence[Slot], IntArray | None]:
+        """What the surrogate is fitted to; answers that do not drift need no groups."""
+        groups_E = state.groups_E if self.drifts else None
+        return state.choices_ES, state.losses_E, self.problem.space.slots, groups_E
+
+    def _with_kernel(self, state: Guided) -> Guided:
+        if state.selected_at and state.told < GROWTH * state.selected_at:
+            return state
+        kernel = surrogate.select(*self._seen(state))
+        return state._replace(kernel=np.array(kernel), selected_at=state.told)
 
     def _surrogate(self, state: Guided) -> Surrogate:
         """Fitted once for all that see the same evaluations."""
         if self._model is None or self._model[0] is not state.losses_E:
-            evaluations = state.choices_ES, state.losses_E, state.groups_E
-            fitted = surrogate.fit(*evaluations, self.sizes, group_variance=1.0 if self.changes else 0.0)
-            self._model = (state.losses_E, fitted)
+            kernel = Kernel(*state.kernel.tolist())
+            self._model = (state.losses_E, surrogate.fit(*self._seen(state), kernel=kernel))
         return self._model[1]
-
-    def _predict(self, state: Guided, canonical_NS: IntArray) -> tuple[FloatArray, FloatArray]:
-        return surrogate.predict(self._surrogate(state), canonical_NS, self.sizes)
 
     def _canonical(self, choices_NS: IntArray) -> IntArray:
         return np.array([arch.choices for arch in self.problem.archs(choices_NS)], dtype=np.int64)
 
-    def _gradient(self, state: Guided, k: int, rng: Generator) -> FloatArray:
-        """Natural gradient of tier k by the predicted losses of fresh samples, shape (S, C)."""
-        drawn_NS = self._within_budget(state, k, self.config.virtual_samples, rng)
-        loss_N, _ = self._predict(state, self._canonical(drawn_NS))
+    def _gradient(self, state: Guided, k: int, drawn_NS: IntArray) -> FloatArray:
+        """Natural gradient of tier k by the predicted losses of its samples, shape (S, C)."""
+        loss_N = surrogate.predict(self._surrogate(state), self._canonical(drawn_NS))
         utility_N = categorical.quantile_utility(loss_N, np.ones(len(loss_N)), self.config.quantile)
         theta_1SC = state.theta_KSC[k : k + 1]
         return np.asarray(categorical.natural_gradient(theta_1SC, drawn_NS, utility_N[None])[0])
 
-    def _within_budget(self, state: Guided, k: int, num: int, rng: Generator, rounds: int = 8) -> IntArray:
+    def _virtual(self, state: Guided, k: int, rng: Generator) -> IntArray:
+        """Tier k's samples that cost no evaluation, the same for all that see the same distributions."""
+        if self._drawn is None or self._drawn[0] is not state.theta_KSC:
+            self._drawn = (state.theta_KSC, {})
+        if k not in self._drawn[1]:
+            self._drawn[1][k] = self._within_budget(state, k, self.config.virtual_samples, rng)
+        return self._drawn[1][k]
+
+    def _within_budget(self, state: Guided, k: int, num: int, rng: Generator, rounds: int = 4) -> IntArray:
         """`num` samples of p_k that take `low` to 1 of the budget, by rejection; the band's own fill up
         where p_k has hardly any, and draw it back."""
         kept = [np.zeros((0, len(self.sizes)), dtype=np.int64)]
@@ -174,29 +212,62 @@ class _Guide:
         missing = num - len(found_NS)
         return np.concatenate([found_NS, self.bands.draw_of([k] * missing, rng)]) if missing else found_NS
 
-    def _scouted(self, state: Guided, rng: Generator) -> list[IntArray]:
-        """Per tier: the most promising samples first, then plain ones; none that is known, while there are
+    def _promising(self, state: Guided, rng: Generator) -> list[IntArray]:
+        """Per tier: the most promising architectures. None twice, while there are others, unless answers
+        drift: where they are noisy, a neighbour says as much of the known one as asking it again, and more of
         others."""
-        taken = set() if self.changes else set(map(tuple, state.choices_ES.tolist()))
+        taken = set() if self.drifts else set(map(tuple, state.choices_ES.tolist()))
+        num, model = self.config.samples_per_tier, self._surrogate(state)
+        known = self._known(state, model)
         chosen_KNS = []
         for k in range(len(self.problem.tiers)):
-            drawn_NS = self._canonical(self._within_budget(state, k, self.config.virtual_samples, rng))
-            mean_N, deviation_N = self._predict(state, drawn_NS)
-            order_N = np.argsort(mean_N - self.config.optimism * deviation_N, kind="stable")
-            scouts = _first_new(drawn_NS[order_N], self.config.scouts, taken)
-            plain = _first_new(drawn_NS, self.config.samples_per_tier - len(scouts), taken)
-            missing = self.config.samples_per_tier - len(scouts) - len(plain)
-            chosen_KNS.append(np.array([*scouts, *plain, *drawn_NS[:missing].tolist()], dtype=np.int64))
+            pool_NS = self._canonical(self._virtual(state, k, rng))
+            pool_NS, mean_N = self._bred(k, pool_NS, known, model, rng)
+            new_N = np.array([row not in taken for row in map(tuple, pool_NS.tolist())])
+            order_N = np.lexsort((mean_N, ~new_N))[: max(SHORTLIST, num)]
+            mean_N, deviation_N = surrogate.predict_with_deviation(model, pool_NS[order_N])
+            order_N = order_N[np.lexsort((mean_N - self.config.optimism * deviation_N, ~new_N[order_N]))]
+            chosen_KNS.append(np.resize(pool_NS[order_N[:num]], (num, len(self.sizes))))
+            taken |= set(map(tuple, chosen_KNS[-1].tolist()))
         return chosen_KNS
 
+    def _known(self, state: Guided, model: Surrogate) -> tuple[IntArray, FloatArray, FloatArray]:
+        """Architectures evaluated, their predicted losses (N,), and usage (N, K)."""
+        rows_NS = np.unique(state.choices_ES, axis=0)
+        return rows_NS, surrogate.predict(model, rows_NS), self.problem.usage(self.problem.archs(rows_NS))
 
-def _first_new(rows_NS: IntArray, num: int, taken: set[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """The first `num` rows that nobody has taken; they are taken from then on."""
-    new: list[tuple[int, ...]] = []
-    for row in map(tuple, rows_NS.tolist()):
-        if len(new) == num:
-            break
-        if row not in taken:
-            new.append(row)
-            taken.add(row)
-    return new
+    def _bred(
+        self,
+        k: int,
+        pool_NS: IntArray,
+        known: tuple[IntArray, FloatArray, FloatArray],
+        model: Surrogate,
+        rng: Generator,
+    ) -> tuple[IntArray, FloatArray]:
+        """The pool, the known that keep tier k's budget, and generations of offspring that do, without
+        doubles, and their predicted losses."""
+        rows_NS, mean_N, usage_NK = known
+        fits_N = usage_NK[:, k] <= 1
+        pool_NS, pool_mean_N = _distinct(
+            np.concatenate([rows_NS[fits_N], pool_NS]),
+            np.concatenate([mean_N[fits_N], surrogate.predict(model, pool_NS)]),
+        )
+        for _ in range(self.config.generations):
+            parents_PS = pool_NS[np.argsort(pool_mean_N, kind="stable")[:PARENTS]]
+            litter_NS = np.repeat(parents_PS, self.config.virtual_samples // PARENTS, axis=0)
+            mates_NS = parents_PS[rng.integers(len(parents_PS), size=len(litter_NS))]
+            children_NS = self._canonical(
+                evolution.mutate(evolution.cross(litter_NS, mates_NS, rng), self.sizes, MUTATION, rng)
+            )
+            usage_N = self.problem.usage(self.problem.archs(children_NS))[:, k]
+            children_NS = children_NS[(usage_N >= self.config.low) & (usage_N <= 1)]
+            pool_NS, pool_mean_N = _distinct(
+                np.concatenate([pool_NS, children_NS]),
+                np.concatenate([pool_mean_N, surrogate.predict(model, children_NS)]),
+            )
+        return pool_NS, pool_mean_N
+
+
+def _distinct(rows_NS: IntArray, values_N: FloatArray) -> tuple[IntArray, FloatArray]:
+    _, first_N = np.unique(rows_NS, axis=0, return_index=True)
+    return rows_NS[first_N], values_N[first_N]

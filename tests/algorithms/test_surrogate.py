@@ -1,11 +1,16 @@
-"""The Gaussian process against what it was shown, and against what it was not."""
+"""The Gaussian process against its closed form, against what it was shown, and against what it was not."""
 
 import numpy as np
+import pytest
 from scipy.stats import spearmanr
 
 from pipeline.algorithms import evolution, surrogate
+from pipeline.algorithms.surrogate import Kernel
+from pipeline.types import Slot
 
 SIZES = (4,) * 6
+ALIKE = [Slot(str(s), tuple("abcd")) for s in range(6)]
+OWN = [Slot(str(s), tuple(f"{s}{c}" for c in "abcd")) for s in range(6)]
 
 
 def additive(rows: np.ndarray) -> np.ndarray:
@@ -13,36 +18,109 @@ def additive(rows: np.ndarray) -> np.ndarray:
     return np.asarray(effects[np.arange(6), rows].sum(axis=1))
 
 
+def random_rows(num: int, seed: int) -> np.ndarray:
+    return evolution.random_choices(SIZES, num, np.random.default_rng(seed))
+
+
 def test_it_ranks_unseen_architectures_of_an_additive_loss() -> None:
-    rng = np.random.default_rng(1)
-    seen, unseen = evolution.random_choices(SIZES, 60, rng), evolution.random_choices(SIZES, 200, rng)
-    model = surrogate.fit(seen, additive(seen), np.zeros(60, dtype=np.int64), SIZES)
-    mean, _ = surrogate.predict(model, unseen, SIZES)
-    assert spearmanr(mean, additive(unseen)).statistic > 0.85
+    seen, unseen = random_rows(60, 1), random_rows(200, 2)
+    for slots in (ALIKE, OWN):
+        model = surrogate.fit(seen, additive(seen), slots)
+        assert spearmanr(surrogate.predict(model, unseen), additive(unseen)).statistic > 0.8
+
+
+def test_what_is_good_in_one_slot_is_expected_in_another_that_offers_the_same() -> None:
+    seen, unseen = random_rows(25, 3), random_rows(300, 4)
+    worth = np.array([0.0, 1.0, 2.5, 3.0])
+
+    def agreement(slots: list[Slot]) -> float:
+        model = surrogate.fit(seen, worth[seen].sum(axis=1), slots)
+        return float(spearmanr(surrogate.predict(model, unseen), worth[unseen].sum(axis=1)).statistic)
+
+    assert agreement(ALIKE) > agreement(OWN) + 0.05 and agreement(ALIKE) > 0.85
+
+
+def test_features_count_the_slots_that_differ_and_those_that_would_after_trading() -> None:
+    rows = np.array([[0, 1, 2, 0, 0, 0], [1, 0, 2, 0, 0, 3], [1, 1, 1, 1, 1, 1]])
+    own, traded = surrogate.features(rows, ALIKE)
+    np.testing.assert_array_equal(6 - own @ own.T, [[0, 3, 5], [3, 0, 5], [5, 5, 0]])
+    np.testing.assert_array_equal(6 - traded @ traded.T, [[0, 1, 5], [1, 0, 5], [5, 5, 0]])
+    own, traded = surrogate.features(rows, OWN)
+    np.testing.assert_array_equal(own @ own.T, traded @ traded.T)
+
+
+def test_prediction_is_the_closed_form() -> None:
+    seen, queries, losses = random_rows(12, 5), random_rows(5, 6), np.arange(12.0)
+    kernel = Kernel(length=4.0, noise=0.1, trade=0.5)
+    model = surrogate.fit(seen, losses, ALIKE, kernel=kernel)
+
+    def covariance(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        differ = (left[:, None] != right[None]).sum(axis=2)
+        counts = [(rows[:, :, None] == np.arange(4)).sum(axis=1) for rows in (left, right)]
+        traded = np.abs(counts[0][:, None] - counts[1][None]).sum(axis=2) / 2
+        return np.asarray(0.5 * np.exp(-differ / 4.0) + 0.5 * np.exp(-traded / 4.0))
+
+    log = np.log(losses / 5.5 + surrogate.SOFTNESS)
+    inverse = np.linalg.inv(covariance(seen, seen) + 0.1 * np.eye(12))
+    cross = covariance(queries, seen)
+    mean, deviation = surrogate.predict_with_deviation(model, queries)
+    np.testing.assert_allclose(mean, log.mean() + cross @ inverse @ (log - log.mean()))
+    explained = np.einsum("qn,nm,qm->q", cross, inverse, cross)
+    np.testing.assert_allclose(deviation, log.std() * np.sqrt(1 - explained))
+    np.testing.assert_allclose(surrogate.predict(model, queries), mean)
+
+
+def test_the_kernel_found_is_the_likeliest() -> None:
+    from scipy.stats import multivariate_normal
+
+    rows = random_rows(40, 7)
+    losses = additive(rows) + np.random.default_rng(8).normal(0, 1.0, 40)
+    found = surrogate.select(rows, losses, OWN)
+    own, traded = surrogate.features(rows, OWN)
+    log = np.log((losses - losses.min()) / (np.median(losses) - losses.min()) + surrogate.SOFTNESS)
+    scaled = (log - log.mean()) / log.std()
+
+    def likelihood(length: float, noise: float) -> float:
+        smooth = surrogate._kernel(own, traded, own, traded, 6, Kernel(length * 6, 0.0, 0.0))
+        shape = smooth + noise * np.eye(40)
+        variance = scaled @ np.linalg.solve(shape, scaled) / 40
+        return float(multivariate_normal(np.zeros(40), variance * shape).logpdf(scaled))
+
+    every = {(le, no): likelihood(le, no) for le in surrogate.LENGTHS for no in surrogate.NOISES}
+    best = max(every, key=lambda pair: every[pair])
+    assert (found.length, found.noise) == pytest.approx((best[0] * 6, best[1])) and found.trade == 0.0
 
 
 def test_it_is_surer_of_what_it_has_seen() -> None:
-    rng = np.random.default_rng(2)
-    seen, unseen = evolution.random_choices(SIZES, 40, rng), evolution.random_choices(SIZES, 40, rng)
-    model = surrogate.fit(seen, additive(seen), np.zeros(40, dtype=np.int64), SIZES)
-    assert surrogate.predict(model, seen, SIZES)[1].max() < surrogate.predict(model, unseen, SIZES)[1].max()
+    seen, unseen = random_rows(40, 9), random_rows(40, 10)
+    model = surrogate.fit(seen, additive(seen), OWN)
+    _, at_seen = surrogate.predict_with_deviation(model, seen)
+    _, at_unseen = surrogate.predict_with_deviation(model, unseen)
+    assert at_seen.max() < at_unseen.max()
 
 
 def test_an_offset_that_a_group_shares_is_left_out() -> None:
     rng = np.random.default_rng(3)
-    seen = evolution.random_choices(SIZES, 80, rng)
+    seen, unseen = random_rows(80, 11), random_rows(200, 12)
     groups = np.repeat(np.arange(10), 8)
     shifted = additive(seen) + rng.normal(0, 5, 10)[groups]
-    unseen = evolution.random_choices(SIZES, 200, rng)
 
-    def agreement(group_variance: float) -> float:
-        model = surrogate.fit(seen, shifted, groups, SIZES, group_variance)
-        return float(spearmanr(surrogate.predict(model, unseen, SIZES)[0], additive(unseen)).statistic)
+    def agreement(groups_N: np.ndarray | None) -> float:
+        model = surrogate.fit(seen, shifted, OWN, groups_N)
+        return float(spearmanr(surrogate.predict(model, unseen), additive(unseen)).statistic)
 
-    assert agreement(5.0) > 0.6 > agreement(0.0)
+    assert agreement(groups) > 0.6 > agreement(None)
 
 
-def test_equal_values_predict_themselves() -> None:
-    rows = evolution.random_choices(SIZES, 5, np.random.default_rng(4))
-    model = surrogate.fit(rows, np.full(5, 2.5), np.arange(5), SIZES)
-    np.testing.assert_allclose(surrogate.predict(model, rows, SIZES)[0], 2.5)
+def test_how_bad_a_failure_is_says_little() -> None:
+    seen, unseen = random_rows(60, 13), random_rows(200, 14)
+    failed = additive(seen) + np.where(seen[:, 0] == 0, 1000.0, 0.0)
+    works = unseen[unseen[:, 0] != 0]
+    model = surrogate.fit(seen, failed, OWN)
+    assert spearmanr(surrogate.predict(model, works), additive(works)).statistic > 0.5
+
+
+def test_equal_losses_predict_the_same_everywhere() -> None:
+    rows = random_rows(5, 15)
+    model = surrogate.fit(rows, np.full(5, 2.5), OWN)
+    assert np.ptp(surrogate.predict(model, random_rows(20, 16))) < 1e-9

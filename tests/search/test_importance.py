@@ -110,7 +110,7 @@ def test_one_coefficient_per_tier() -> None:
     [
         ({"coefficients": [1.0]}, "no effect with 'mode: budgets'"),
         ({"mode": "coefficients", "guide": "surrogate"}, "use 'guide: weights'"),
-        ({"surrogate": {"scouts": 9}}, "at most 'samples_per_tier'"),
+        ({"surrogate": {"scouts": 1}}, "unknown key 'surrogate.scouts'"),
         ({"weights": {"delta": 1.0}}, "unknown key 'weights.delta'.*did you mean 'delta0'"),
     ],
 )
