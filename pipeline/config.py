@@ -175,6 +175,17 @@ def _refuse_unfit(config: RunConfig, where: str) -> None:
             f"{where}: retrain: 'start: supernet' takes a network's first weights from the evaluator, and "
             f"'{name}' has none to give; set start: scratch"
         )
+    _refuse_other_supernet(config, where)
+
+
+def _refuse_other_supernet(config: RunConfig, where: str) -> None:
+    """A supernet of another size than the networks has no weights for them."""
+    sizes = ("search_channels", "search_layers")
+    if config.retrain.start == "supernet" and any(getattr(config.space.settings, s, None) for s in sizes):
+        raise ConfigError(
+            f"{where}: retrain: 'start: supernet' takes weights from a supernet that {' or '.join(sizes)} "
+            "makes of another size than the networks; set start: scratch, or remove these of the space"
+        )
 
 
 def _mapping(values: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:

@@ -82,6 +82,9 @@ def test_first_weights_from_a_mixed_supernet_are_refused() -> None:
     with pytest.raises(ConfigError, match="'start: supernet' takes .* 'relaxed' has none to give; set start"):
         parsed(method="darts", retrain={"start": "supernet"})
     assert parsed(retrain={"start": "supernet"}).retrain.start == "supernet"
+    smaller = {"name": "cell", "search_layers": 3}
+    with pytest.raises(ConfigError, match="from a supernet that search_channels or search_layers makes of"):
+        parsed(space=smaller, retrain={"start": "supernet"})
 
 
 def test_needs_are_words_that_some_evaluator_offers() -> None:

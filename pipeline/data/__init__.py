@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,13 @@ from typing import Any, Generic, Protocol, TypeVar
 from pipeline.data import cifar, digits, fashion_mnist, image_folder
 from pipeline.data.arrays import TaskSettings
 from pipeline.data.base import ImageTask
+from pipeline.data.cache import cache_folder
 from pipeline.errors import DataError
 from pipeline.progress import Silent
 from pipeline.settings import parse_settings, pick
 from pipeline.types import Progress
+
+__all__ = ["DATA", "DataSource", "Load", "cache_folder", "load_task"]
 
 S = TypeVar("S", bound=TaskSettings)
 S_contra = TypeVar("S_contra", bound=TaskSettings, contravariant=True)
@@ -32,7 +34,8 @@ class Load(Protocol[S_contra]):
 
 @dataclass(frozen=True)
 class DataSource(Generic[S]):
-    """A data set's settings model and reader; a `cached` one lies in the cache unless a path is given."""
+    """A data set's settings model and reader; a `cached` one lies in the cache unless a path is
+    given."""
 
     summary: str
     settings: type[S]
@@ -54,11 +57,6 @@ DATA: dict[str, DataSource[Any]] = {
 _NO_SETTINGS: Mapping[str, object] = {}
 
 
-def cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
-    """Where named data sets lie: BUDGETLINE_CACHE, else ~/.cache/budgetline."""
-    return Path(environment.get("BUDGETLINE_CACHE") or "~/.cache/budgetline").expanduser()
-
-
 def load_task(
     spec: str,
     *,
@@ -68,8 +66,8 @@ def load_task(
 ) -> ImageTask:
     """The task that `NAME[:PATH]` names.
 
-    `seed` draws which images the setting `limit` keeps; the splits themselves do not depend on it. Raises
-    ConfigError for an unknown name or setting, DataError when the images cannot be used."""
+    `seed` draws which images the setting `limit` keeps; the splits themselves do not depend on it.
+    Raises ConfigError for an unknown name or setting, DataError when the images cannot be used."""
     name, _, path_text = spec.partition(":")
     source = pick(DATA, name, "data set")
     chosen = parse_settings(source.settings, settings, f"data '{name}'")

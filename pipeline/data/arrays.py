@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from pipeline.data.ahead import in_order
 from pipeline.data.base import ImageSource, ImageTask, Split
 from pipeline.settings import Settings
 from pipeline.types import FloatArray, IntArray
@@ -62,10 +63,12 @@ def build_task(
     *,
     flip: bool,
     crop_padding: int,
+    statistics_of: IntArray | None = None,
 ) -> ImageTask:
-    """An ImageTask with the weights split's channel statistics and the content's fingerprint."""
+    """An ImageTask with the content's fingerprint, and the channel statistics of the weights split, or
+    of the images `statistics_of` alone."""
     source.pixels.flags.writeable = False
-    mean, std = channel_statistics(source, splits["weights"])
+    mean, std = channel_statistics(source, splits["weights"] if statistics_of is None else statistics_of)
     return ImageTask(
         name=name,
         classes=classes,
@@ -82,14 +85,15 @@ def build_task(
 def channel_statistics(source: ImageSource, indices: IntArray) -> tuple[FloatArray, FloatArray]:
     """Mean and standard deviation per channel over the indexed images, shapes (C,), in units of 0..1.
 
-    Sums are exact integers, so every machine gets the same bits. The deviation is at least 1/255, which keeps
-    a constant channel finite when it is normalised."""
+    Sums are exact integers, so every machine gets the same bits. The deviation is at least 1/255, which
+    keeps a constant channel finite when it is normalised."""
     height, width, channels = source.shape
     size = height * width * channels
     length = min(_EXACT_SUM_LENGTH, max(1, _MAX_CHUNK_VALUES // size))
     total, total_sq = np.zeros(size), np.zeros(size)
-    for start in range(0, len(indices), length):
-        values = source.read(indices[start : start + length]).reshape(-1, size).astype(np.float32)
+    parts = [indices[start : start + length] for start in range(0, len(indices), length)]
+    for pixels in in_order(source, parts):
+        values = pixels.reshape(-1, size).astype(np.float32)
         total += values.sum(axis=0)
         total_sq += np.einsum("ij,ij->j", values, values)
     count = len(indices) * height * width

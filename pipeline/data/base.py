@@ -30,8 +30,10 @@ class ImageSource(Protocol):
 
 @dataclass(frozen=True)
 class ImageTask:
-    """`name` is what the user asked for (`cifar10`, `image-folder:PATH`); `fingerprint` is a content hash
-    over images, labels and splits. `mean` and `std` are per channel, of the weights split, in 0..1."""
+    """`name` is what the user asked for (`cifar10`, `image-folder:PATH`); `fingerprint` is a content
+    hash over images, labels and splits. `mean` and `std` are per channel, of the weights split, in 0..1.
+    Training images are cropped after padding by `crop_padding`, or, with `resized_crop`, in the file's
+    own size and then resized, which the source must be able to do."""
 
     name: str
     classes: tuple[str, ...]
@@ -42,6 +44,7 @@ class ImageTask:
     flip: bool
     crop_padding: int
     fingerprint: str
+    resized_crop: bool = False
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -51,7 +54,8 @@ class ImageTask:
 
 
 class BatchStream(Protocol):
-    """Batches addressed by a step number: the same step gives the same batch, in any process, at any time."""
+    """Batches addressed by a step number: the same step gives the same batch, in any process, at any
+    time."""
 
     @property
     def steps_per_epoch(self) -> int: ...

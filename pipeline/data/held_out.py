@@ -1,7 +1,8 @@
-"""The only door to the test split: the assessment at the end of a run, and samples stored with its models.
+"""The only door to the test split: the assessment at the end of a run, and samples stored with its
+models.
 
-Who may import this module is a short list that a test of the architecture can hold; every other reader of
-batches refuses the test split.
+Who may import this module is a short list that a test of the architecture can hold; every other reader
+of batches refuses the test split.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def test_batches(task: ImageTask, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def test_batches(task: ImageTask, batch_size: int, device: str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
     """The whole test split in order, without augmentation; the last batch may be smaller."""
-    return batches_in_order(task, task.splits["test"], batch_size)
+    return batches_in_order(task, task.splits["test"], batch_size, device)
 
 
 def test_sample(task: ImageTask, n: int, seed: int) -> tuple[Tensor, Tensor]:

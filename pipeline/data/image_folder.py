@@ -1,42 +1,46 @@
-"""Any folder of class folders, maybe below train/ and test/ (or val/), decoded by Pillow into uint8 memory.
+"""Any folder of class folders, maybe below train/ and test/ (or val/), decoded by Pillow.
 
-With train/ and test/, those are the splits, and a val/ beside them is the architecture split; with train/ and
-val/ alone, val/ is the test split; otherwise a stratified test split is drawn. Alpha is dropped; 16-bit grey
-keeps its upper eight bits; the EXIF orientation is applied; an animation gives its first frame. Files are
-taken in sorted order, so the same files give the same task.
+With train/ and test/, those are the splits, and a val/ beside them is the architecture split; with
+train/ and val/ alone, val/ is the test split; otherwise a stratified test split is drawn. Alpha is
+dropped; 16-bit grey keeps its upper eight bits; the EXIF orientation is applied; an animation gives its
+first frame. Files are taken in sorted order, so the same files give the same task.
+
+A folder whose decoded images go into `memory` is decoded once and held there. A larger one is streamed:
+processes decode what is asked for, ahead of its turn, and keep what goes into `cache` on disk. Either
+way a step has the same images. The fingerprint of images in memory is over their pixels; of streamed
+ones over names, sizes and beginnings of files (`listing.listing_digest` says what that detects).
 """
 
 from __future__ import annotations
 
-import os
+import hashlib
+import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import ByteSize, Field
 
-from pipeline.data.arrays import ArrayImages, Padding, Share, TaskSettings, build_task
+from pipeline.artifacts import read_json, sha256_json, write_json
+from pipeline.data import listing
+from pipeline.data.arrays import ArrayImages, Padding, Share, TaskSettings, build_task, channel_statistics
 from pipeline.data.base import ImageTask, Split
-from pipeline.data.splits import split_images
+from pipeline.data.cache import cache_folder, reserve_rows
+from pipeline.data.decode import Attempts, Decoder, attempt
+from pipeline.data.listing import Files, Headers, Scan
+from pipeline.data.splits import SPLIT_SEED, split_images
+from pipeline.data.streamed import StreamedImages, processes
+from pipeline.devices.hardware import usable_cores
 from pipeline.errors import ConfigError, DataError
-from pipeline.types import IntArray, Progress
+from pipeline.types import IntArray, Json, Progress
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-_VALIDATION_NAMES = {"val", "valid", "validation"}
-_GREY_MODES = {"1", "L", "LA", "La"}
-_NAMED_AT_MOST = 5
-_FILES_PER_BLOCK = 256
 _MEMORY_SHARE = 0.5
-
-T = TypeVar("T")
+_MOST_WORKERS = 16
+_STATISTICS_IMAGES = 10_000
+_SPLITS: tuple[Split, ...] = ("weights", "architecture", "test")
 
 
 class ImageFolderSettings(TaskSettings):
@@ -45,26 +49,19 @@ class ImageFolderSettings(TaskSettings):
     image_size: int | None = Field(
         None, ge=8, le=1024, description="pixels; resize the shorter side to it, then cut the centre square"
     )
+    crop: Literal["padded", "resized"] = Field(
+        "padded",
+        description="training crops: of the padded square; or of 8 to 100 % of the file's own area, resized, "
+        "as is usual at 224 pixels (evaluation then cuts the middle 7/8)",
+    )
     crop_padding: Padding | None = Field(None, description="pixels; an eighth of the image size unless given")
-
-
-@dataclass(frozen=True)
-class _Scan:
-    """Image files in order, their classes, the splits that folders give, and how many files are no images."""
-
-    files: list[Path]
-    labels: IntArray
-    classes: tuple[str, ...]
-    given: dict[Split, IntArray]
-    num_ignored: int
-
-
-@dataclass(frozen=True)
-class _Header:
-    """Width and height in pixels as stored, and whether the image has no colour."""
-
-    size: tuple[int, int]
-    grey: bool
+    memory: ByteSize = Field(ByteSize(2 * 2**30), description="decoded images up to this are held in memory")
+    cache: ByteSize = Field(
+        ByteSize(8 * 2**30), description="decoded images of streamed folders up to this are kept on disk"
+    )
+    workers: int | None = Field(
+        None, ge=1, le=256, description="processes that decode streamed images; one a core unless given"
+    )
 
 
 def load(
@@ -73,7 +70,7 @@ def load(
     """Only the files of the three splits are opened, so `limit` also shortens decoding."""
     if path is None:
         raise ConfigError(f"data '{name}': an image folder needs its path; write image-folder:PATH")
-    scan = _scan(path)
+    scan = listing.scan(path)
     _refuse_settings_without_effect(settings, scan.given, path)
     if scan.num_ignored:
         progress.say(f"{path}: ignored {scan.num_ignored} files that are not images")
@@ -88,100 +85,8 @@ def load(
         where=str(path),
     )
     used = np.sort(np.concatenate(list(splits.values())))
-    files = [scan.files[index] for index in used]
-    headers = _each(_read_header, files, path, "reading image headers", progress)
-    size = settings.image_size or _common_size(headers, path)
-    channels = 1 if all(header.grey for header in headers) else 3
-    _refuse_too_large(len(files) * size * size * channels, len(files), path)
-    pixels = np.empty((len(files), size, size, channels), np.uint8)
-    _decode_into(pixels, files, path, progress)
-    return build_task(
-        name,
-        scan.classes,
-        ArrayImages(pixels, scan.labels[used]),
-        {split: np.searchsorted(used, indices) for split, indices in splits.items()},
-        flip=settings.flip,
-        crop_padding=size // 8 if settings.crop_padding is None else settings.crop_padding,
-    )
-
-
-# ---------------------------------------------------------------------------------------------- finding files
-
-
-def _scan(root: Path) -> _Scan:
-    if not root.is_dir():
-        raise DataError(f"{root}: wanted a folder of class folders, but {_what_is(root)}")
-    roles = _roles({folder.name for folder in _subfolders(root)})
-    parts: list[tuple[Path, Split | None]] = [(root / name, split) for name, split in roles.items()]
-    parts = parts or [(root, None)]
-    classes = _classes([folder for folder, _ in parts])
-    files: list[Path] = []
-    labels: list[int] = []
-    given: dict[Split, IntArray] = {}
-    num_ignored = 0
-    for folder, split in parts:
-        start = len(files)
-        for label, name in enumerate(classes):
-            found, ignored = _image_files(folder / name)
-            files += found
-            labels += [label] * len(found)
-            num_ignored += ignored
-        if split is not None:
-            given[split] = np.arange(start, len(files))
-    return _Scan(files, np.array(labels, np.int64), classes, given, num_ignored)
-
-
-def _what_is(path: Path) -> str:
-    return "it is a file" if path.exists() else "nothing is there"
-
-
-def _roles(names: set[str]) -> dict[str, Split | None]:
-    """Top-level folder → its split, None for the one to divide; empty when the folders are classes."""
-    validation = names & _VALIDATION_NAMES
-    if "train" not in names or names - validation - {"train", "test"} or len(validation) > 1:
-        return {}
-    roles: dict[str, Split | None] = {"train": None}
-    for name in validation:
-        roles[name] = "architecture" if "test" in names else "test"
-    if "test" in names:
-        roles["test"] = "test"
-    return roles
-
-
-def _classes(folders: Sequence[Path]) -> tuple[str, ...]:
-    first, *others = folders
-    names = {folder.name for folder in _subfolders(first)}
-    if len(names) < 2:
-        found = f"only '{next(iter(names))}'" if names else "none"
-        raise DataError(f"{first}: wanted at least 2 class folders with images in them, found {found}")
-    for other in others:
-        differing = names ^ {folder.name for folder in _subfolders(other)}
-        if differing:
-            raise DataError(
-                f"{other}: wanted the same class folders as in {first}, but these are in one of them only: "
-                f"{_some(sorted(differing))}"
-            )
-    return tuple(sorted(names))
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    return [entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
-
-
-def _image_files(folder: Path) -> tuple[list[Path], int]:
-    """Image files at any depth, sorted by path below `folder`, and how many other files there are."""
-    everything = [
-        Path(parent, name)
-        for parent, _, names in os.walk(folder, onerror=_raise)
-        for name in names
-        if not name.startswith(".")
-    ]
-    images = [file for file in everything if file.suffix.lower() in _SUFFIXES]
-    return sorted(images, key=lambda file: file.relative_to(folder).parts), len(everything) - len(images)
-
-
-def _raise(failure: OSError) -> NoReturn:
-    raise failure
+    folder = _Folder(path, settings, scan, used, splits, progress)
+    return folder.in_memory(name) if folder.fits_in_memory else folder.streamed(name)
 
 
 def _refuse_settings_without_effect(
@@ -193,68 +98,148 @@ def _refuse_settings_without_effect(
             raise ConfigError(
                 f"{path}: has its own folder for the {split} split, so '{field}' has no effect; remove it"
             )
-
-
-# --------------------------------------------------------------------------------------------- reading images
-
-
-def _each(
-    work: Callable[[Path], T], files: Sequence[Path], root: Path, label: str, progress: Progress
-) -> list[T]:
-    """`work` of every file, in threads; DataError names the files that cannot be read."""
-    done: list[T | _Unreadable] = []
-    with ThreadPoolExecutor(os.cpu_count()) as threads, progress.track(label, len(files)) as advance:
-        for start in range(0, len(files), _FILES_PER_BLOCK):
-            block = files[start : start + _FILES_PER_BLOCK]
-            done += threads.map(lambda file: _attempt(work, file), block)
-            advance(len(block), "")
-    faults = [
-        f"{fault.file.relative_to(root)} ({fault.reason})" for fault in done if isinstance(fault, _Unreadable)
-    ]
-    if faults:
-        raise DataError(
-            f"{root}: {len(faults)} of {len(files)} images cannot be read: {_some(faults)}; repair or remove "
-            "them"
+    if settings.crop == "resized" and settings.crop_padding is not None:
+        raise ConfigError(
+            f"{path}: 'crop_padding' has no effect with 'crop: resized', which pads nothing; remove it"
         )
-    return [result for result in done if not isinstance(result, _Unreadable)]
 
 
-@dataclass(frozen=True)
-class _Unreadable:
-    file: Path
-    reason: str
+class _Folder:
+    """The files of the three splits, and what their headers say."""
+
+    def __init__(
+        self,
+        root: Path,
+        settings: ImageFolderSettings,
+        scan: Scan,
+        used: IntArray,
+        splits: Mapping[Split, IntArray],
+        progress: Progress,
+    ) -> None:
+        self.root, self.settings, self.progress = root, settings, progress
+        self.classes, self.labels = scan.classes, scan.labels[used]
+        self.files: Files = scan.files.take(used)
+        self.splits = {split: np.searchsorted(used, indices) for split, indices in splits.items()}
+        self.workers = settings.workers or min(_MOST_WORKERS, len(usable_cores()))
+        self.work = cache_folder() / "image-folders"
+        known = self.work / f"{sha256_json(str(root.resolve()))[:16]}.npz"
+        self.headers: Headers = listing.headers_of(
+            root, self.files, known, partial(processes, self.workers), progress
+        )
+        size = settings.image_size or _common_size(self.headers, root)
+        channels = 1 if self.headers.grey_N.all() else 3
+        self.decoder = Decoder(size, channels, original=settings.crop == "resized")
+        self.bytes_N = self.decoder.kept_bytes(self.headers.area_N)
+
+    @property
+    def fits_in_memory(self) -> bool:
+        """Crops that are resized are made from files, or from the cache, whatever memory there is."""
+        return not self.decoder.original and int(self.bytes_N.sum()) <= self.settings.memory
+
+    @property
+    def crop_padding(self) -> int:
+        given = self.settings.crop_padding
+        return self.decoder.size // 8 if given is None else given
+
+    @property
+    def statistics_of(self) -> IntArray:
+        """The weights split, or as many of it as say the same; whether it is in memory or not."""
+        weights = self.splits["weights"]
+        if len(weights) <= _STATISTICS_IMAGES:
+            return weights
+        chosen = np.random.default_rng(SPLIT_SEED).permutation(weights)[:_STATISTICS_IMAGES]
+        return np.sort(chosen)
+
+    # ------------------------------------------------------------------------------------------- in memory
+
+    def in_memory(self, name: str) -> ImageTask:
+        idle = sorted({"cache", "workers"} & self.settings.model_fields_set)
+        if idle:
+            self.progress.say(
+                f"{self.root}: the decoded images go into memory, so {' and '.join(idle)} have no effect"
+            )
+        _refuse_too_large(int(self.bytes_N.sum()), len(self.labels), self.root)
+        pixels = np.empty((len(self.labels), *self.decoder.shape), np.uint8)
+        files = [self.root / name for name in self.files.names]
+        position = {file: index for index, file in enumerate(files)}
+
+        def decode(file: Path) -> None:
+            pixels[position[file]] = self.decoder.whole(file)
+
+        def decode_block(block: Sequence[Path]) -> Attempts[None]:
+            return attempt(decode, zip(block, block, strict=True))
+
+        listing.each_in_threads(decode_block, files, self.root, "decoding images", self.progress)
+        return build_task(
+            name,
+            self.classes,
+            ArrayImages(pixels, self.labels),
+            self.splits,
+            flip=self.settings.flip,
+            crop_padding=self.crop_padding,
+            statistics_of=self.statistics_of,
+        )
+
+    # -------------------------------------------------------------------------------------------- streamed
+
+    def streamed(self, name: str) -> ImageTask:
+        fingerprint = self._fingerprint()
+        order = np.concatenate([self.splits[split] for split in _SPLITS])
+        rows = reserve_rows(self.work, fingerprint[:16], self.bytes_N, order, self.settings.cache)
+        kept = 0 if rows is None else int((rows.offset_N >= 0).sum())
+        self.progress.say(
+            f"{self.root}: {len(self.labels)} images are decoded as they are needed, by {self.workers} "
+            f"processes; {kept} of them are kept in {self.work}"
+        )
+        source = StreamedImages(
+            self.root, self.files.names, self.labels, self.decoder, workers=self.workers, rows=rows
+        )
+        mean, std = self._statistics(source, self.work / f"{fingerprint[:16]}.json")
+        return ImageTask(
+            name=name,
+            classes=self.classes,
+            source=source,
+            splits=self.splits,
+            mean=mean,
+            std=std,
+            flip=self.settings.flip,
+            crop_padding=0 if self.decoder.original else self.crop_padding,
+            fingerprint=fingerprint,
+            resized_crop=self.decoder.original,
+        )
+
+    def _fingerprint(self) -> str:
+        """sha256 over the files (`listing_digest`), classes, labels, splits, and how images are
+        decoded."""
+        made: Json = {
+            "files": listing.listing_digest(self.files, self.headers),
+            "classes": self.classes,
+            "decoder": [*self.decoder.shape, self.decoder.original],
+        }
+        digest = hashlib.sha256(json.dumps(made).encode())
+        for array in (self.labels, *(self.splits[split] for split in _SPLITS)):
+            digest.update(f"{len(array)}:".encode())
+            digest.update(np.ascontiguousarray(array, dtype="<i8").data)
+        return digest.hexdigest()
+
+    def _statistics(self, source: StreamedImages, known: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation per channel, worked out once and kept in `known`."""
+        if not known.exists():
+            self.progress.say(f"{self.root}: mean and deviation of {len(self.statistics_of)} images")
+            mean, std = channel_statistics(source, self.statistics_of)
+            write_json(known, {"mean": mean.tolist(), "std": std.tolist()})
+        kept = read_json(known)
+        return tuple(kept["mean"]), tuple(kept["std"])
 
 
-def _attempt(work: Callable[[Path], T], file: Path) -> T | _Unreadable:
-    """Pillow's decoders raise errors of many kinds on damaged files; only lack of memory is not damage."""
-    from PIL import UnidentifiedImageError
-
-    try:
-        return work(file)
-    except MemoryError:
-        raise
-    except UnidentifiedImageError:
-        return _Unreadable(file, "not an image")
-    except Exception as failure:
-        return _Unreadable(file, str(failure).partition("\n")[0] or type(failure).__name__)
-
-
-def _read_header(file: Path) -> _Header:
-    from PIL import Image
-
-    with Image.open(file) as image:
-        if image.mode == "F":
-            raise ValueError("floating-point pixels have no known range")
-        return _Header(image.size, image.mode in _GREY_MODES or image.mode.startswith("I"))
-
-
-def _common_size(headers: Sequence[_Header], root: Path) -> int:
-    sizes = Counter(header.size for header in headers)
+def _common_size(headers: Headers, root: Path) -> int:
+    sizes = Counter(zip(headers.width_N.tolist(), headers.height_N.tolist(), strict=True))
     (width, height), count = min(sizes.items(), key=lambda item: (-item[1], item[0]))
+    assert isinstance(width, int)
     if len(sizes) > 1:
         raise DataError(
             f"{root}: images have {len(sizes)} different sizes (most often {width}×{height}, {count} of "
-            f"{len(headers)}); set image_size to resize and cut them all to one square"
+            f"{len(headers.width_N)}); set image_size to resize and cut them all to one square"
         )
     if width != height:
         raise DataError(
@@ -271,43 +256,6 @@ def _refuse_too_large(num_bytes: int, num_images: int, root: Path) -> None:
     if num_bytes > _MEMORY_SHARE * available:
         raise DataError(
             f"{root}: {num_images} decoded images are held in memory, {num_bytes / 2**30:.1f} GiB, more "
-            f"than half of the {available / 2**30:.1f} GiB available; set a smaller image_size, or a limit"
+            f"than half of the {available / 2**30:.1f} GiB available; set data.memory to less to have them "
+            "streamed, or a smaller image_size, or a limit"
         )
-
-
-def _decode_into(pixels: NDArray[np.uint8], files: Sequence[Path], root: Path, progress: Progress) -> None:
-    _, size, _, channels = pixels.shape
-    position = {file: index for index, file in enumerate(files)}
-
-    def decode(file: Path) -> None:
-        image = _decode(file, size, channels)
-        pixels[position[file]] = np.asarray(image).reshape(size, size, channels)
-
-    _each(decode, files, root, "decoding images", progress)
-
-
-def _decode(file: Path, size: int, channels: int) -> Image.Image:
-    from PIL import Image, ImageOps
-
-    with Image.open(file) as image:
-        image.draft(None, (size, size))  # a JPEG that is much larger is decoded at a fraction of its size
-        upright = _eight_bit(ImageOps.exif_transpose(image), "L" if channels == 1 else "RGB")
-    if upright.size == (size, size):
-        return upright
-    return ImageOps.fit(upright, (size, size), Image.Resampling.BILINEAR)
-
-
-def _eight_bit(image: Image.Image, mode: str) -> Image.Image:
-    from PIL import Image
-
-    if image.mode.startswith("I"):
-        values: NDArray[Any] = np.asarray(image).clip(0, 2**16 - 1)
-        image = Image.fromarray((values >> 8).astype(np.uint8))
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert(mode)
-
-
-def _some(names: Sequence[str]) -> str:
-    more = len(names) - _NAMED_AT_MOST
-    return ", ".join(names[:_NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")

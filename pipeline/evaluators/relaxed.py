@@ -103,10 +103,12 @@ class RelaxedSupernet:
             weight_decay=settings.weight_decay,
         )
         size, held_out = settings.batch_size, len(task.splits["architecture"])
-        self._training = Batches(task, "weights", size, seed=seed, augment=True, drop_last=True)
-        self._upper = _held_out(task, min(size, held_out), seed, augment=True)
-        self._quick = _held_out(task, min(settings.evaluation_images, held_out), seed)
-        self._thorough = _held_out(task, min(2 * size, held_out), seed)
+        self._training = Batches(
+            task, "weights", size, seed=seed, augment=True, drop_last=True, device=device
+        )
+        self._upper = _held_out(task, min(size, held_out), seed, device, augment=True)
+        self._quick = _held_out(task, min(settings.evaluation_images, held_out), seed, device)
+        self._thorough = _held_out(task, min(2 * size, held_out), seed, device)
         self._thorough_batches = max(1, min(settings.thorough_images, held_out) // (2 * size))
 
     @property
@@ -244,8 +246,10 @@ def relaxed_space(space: SearchSpace) -> RelaxedSpace:
     return relaxed
 
 
-def _held_out(task: ImageTask, batch_size: int, seed: int, augment: bool = False) -> Batches:
-    return Batches(task, "architecture", batch_size, seed=seed, augment=augment, drop_last=True)
+def _held_out(task: ImageTask, batch_size: int, seed: int, device: str, augment: bool = False) -> Batches:
+    return Batches(
+        task, "architecture", batch_size, seed=seed, augment=augment, drop_last=True, device=device
+    )
 
 
 def _to_numpy(value: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -19,6 +19,10 @@ without a path, the nodes and cells that are zero or that nobody reads, and the 
 convolutions that would read them. So costs are no sum over slots. A network without any path answers the
 same for every image. Members that are isomorphic stay apart, as they do in `nb201`.
 
+Both papers search with fewer and narrower cells than they train in the end: `search_layers` and
+`search_channels` are those of the supernets, while networks, and what they cost, have `layers` and
+`channels`.
+
 Otherwise than in the papers: images of 56 pixels and more are made smaller by a longer stem, down to 28
 to 55 (DARTS does so for ImageNet, with narrower convolutions); odd sizes are rounded up; average pools
 leave the border out in `enas` too; the auxiliary head's pool is fitted to the feature map's size (the
@@ -49,6 +53,7 @@ if TYPE_CHECKING:
 NAME = "cell"
 KINDS = ("normal", "reduce")
 NORMAL, REDUCE = range(len(KINDS))
+SEARCH_SIZES = ("search_channels", "search_layers")
 FIRST_NODE = 2
 """Values 0 and 1 are the cell's inputs."""
 STEM_MULTIPLIER = 3
@@ -81,6 +86,12 @@ class CellSettings(Settings):
     nodes: int | None = Field(None, ge=1, le=12, description="per cell; by default 4 (darts) or 5 (enas)")
     channels: int = Field(16, ge=1, le=1024, description="width of a node in the first cells, C")
     layers: int = Field(8, ge=3, le=100, description="cells")
+    search_channels: int | None = Field(
+        None, ge=1, le=1024, description="C of the supernets, by default that of the networks (published: 16)"
+    )
+    search_layers: int | None = Field(
+        None, ge=3, le=100, description="cells of the supernets, by default as many (published: 8)"
+    )
     auxiliary: float = Field(
         0.0,
         ge=0,
@@ -494,8 +505,9 @@ class CellSpace:
             "space": NAME,
             "image_shape": list(self.image_shape),
             "num_classes": self.num_classes,
-            **self.settings.model_dump(mode="json", exclude={"mixed_norm"}),
+            **self.settings.model_dump(mode="json", exclude={"mixed_norm", *SEARCH_SIZES}),
             **({} if self.settings.mixed_norm == "none" else {"mixed_norm": self.settings.mixed_norm}),
+            **self.settings.model_dump(mode="json", include=set(SEARCH_SIZES), exclude_none=True),
             "nodes": self.num_nodes,
             "version": 1,
         }
@@ -545,10 +557,23 @@ class CellSpace:
 
         return CellNetwork(self, arch)
 
+    @cached_property
+    def searched(self) -> CellSpace:
+        """The space of the networks that stand for these while they are searched: the same cells, fewer and
+        narrower."""
+        sizes = {name.removeprefix("search_"): getattr(self.settings, name) for name in SEARCH_SIZES}
+        smaller = {name: size for name, size in sizes.items() if size is not None}
+        if not smaller:
+            return self
+        unset: dict[str, int | None] = dict.fromkeys(SEARCH_SIZES)
+        settings = self.settings.model_copy(update={**smaller, **unset})
+        return CellSpace(self.image_shape, self.num_classes, settings)
+
     def supernet(self) -> CellSupernet:
+        """Its weights are those of this space's networks where `searched` is this space."""
         from pipeline.spaces.cell_modules import CellSupernet
 
-        return CellSupernet(self)
+        return CellSupernet(self.searched)
 
     # ----------------------------------------------------------------------------------------------- mixtures
 
@@ -584,7 +609,7 @@ class CellSpace:
         from pipeline.spaces.cell_modules import CellMixture
 
         self._check_relaxed()
-        return CellMixture(self)
+        return CellMixture(self.searched)
 
     def discretise(self, mix_EO: FloatArray) -> Arch:
         """DARTS's rule: per node the two values whose best operation (`none` does not compete) weighs

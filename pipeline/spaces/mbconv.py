@@ -40,11 +40,13 @@ _LANES = 16  # the width unit that the tables below are written in
 
 class Size(NamedTuple):
     """Widths (in 16 channels) and largest depth per stage, smallest to largest; stages beyond the input's are
-    not used."""
+    not used. `stages` is how many there are of each resolution."""
 
-    widths: tuple[tuple[int, ...], ...]
+    widths: tuple[tuple[float, ...], ...]
     depths: tuple[int, ...]
-    head: tuple[int, ...]
+    head: tuple[float, ...]
+    stem: float = 1
+    stages: tuple[int, ...] = (1, 1, 1, 1, 1)
 
 
 SIZES: dict[str, Size] = {
@@ -56,11 +58,20 @@ SIZES: dict[str, Size] = {
     "large": Size(
         ((2, 4, 6), (4, 6, 10), (8, 12, 18), (12, 16, 24), (16, 24, 32)), (4, 6, 8, 8, 5), (32, 64, 96)
     ),
+    # For 224 pixels: narrow where maps are large, two stages at 14 pixels. The widths of MobileNetV2 (arXiv
+    # 1801.04381, table 2) and MobileNetV3-Large (Howard et al. 2019, arXiv 1905.02244, table 1) are inside.
+    "mobile": Size(
+        ((1, 1.5), (1.5, 2, 2.5), (2, 2.5, 3), (4, 5, 6), (6, 7, 8), (10, 12, 16, 20)),
+        (1, 3, 4, 4, 4, 4),
+        (40, 60, 80),
+        stem=2,
+        stages=(1, 1, 1, 2, 1),
+    ),
 }
 
 
 class MBConvSettings(Settings):
-    size: Literal["tiny", "small", "medium", "large"] = "small"
+    size: Literal["tiny", "small", "medium", "large", "mobile"] = "small"
     operations: tuple[str, ...] = ("k3e1", "k5e1", "k3e3", "k5e3")
     lane: int = 16
     blockwise: bool = False
@@ -137,7 +148,8 @@ class Plan(NamedTuple):
 
 
 def stage_strides(image_size: int) -> tuple[int, tuple[int, ...]]:
-    """Stride of the stem and of each stage, so that the last feature map is between 4 and 16 pixels wide.
+    """Stride of the stem and of the first stage of each resolution, so that the last feature map is between 4
+    and 16 pixels wide.
 
     >>> stage_strides(8), stage_strides(32), stage_strides(96), stage_strides(224)
     ((1, (1, 2, 1)), (1, (1, 2, 2)), (2, (1, 2, 2)), (2, (1, 2, 2, 2, 2)))
@@ -168,17 +180,22 @@ class MBConvSpace:
         self.settings = settings or MBConvSettings()
         self.image_shape = image_shape
         self.num_classes = num_classes
-        self.stem_stride, self.strides = stage_strides(height)
+        self.stem_stride, strides = stage_strides(height)
         self.operations = tuple(Operation.parse(name) for name in self.settings.operations)
         size = SIZES[self.settings.size]
-        self.stem_width = self._in_lanes((1,))[0]
+        self.strides = tuple(
+            itertools.chain.from_iterable(
+                (stride, *(1,) * (count - 1)) for stride, count in zip(strides, size.stages, strict=False)
+            )
+        )
+        self.stem_width = self._in_lanes((size.stem,))[0]
         self.widths = tuple(self._in_lanes(widths) for widths in size.widths[: len(self.strides)])
         self.depths = size.depths[: len(self.strides)]
         self.head_widths = self._in_lanes(size.head)
         self.slots = tuple(self._slots())
         self._plan = lru_cache(maxsize=100_000)(self._make_plan)
 
-    def _in_lanes(self, units: tuple[int, ...]) -> tuple[int, ...]:
+    def _in_lanes(self, units: tuple[float, ...]) -> tuple[int, ...]:
         lane = self.settings.lane
         return tuple(sorted({max(1, round(unit * _LANES / lane)) * lane for unit in units}))
 

@@ -38,7 +38,7 @@ class Assessment:
 def assess(network: nn.Module, task: ImageTask, *, device: str = "cpu") -> Assessment:
     """Accuracy on the test split. Nothing may be chosen by it: call it once, on the finished network."""
     _refuse_overlap(task)
-    return _score(network, test_batches(task, _batch_size(task)), device)
+    return _score(network, test_batches(task, _batch_size(task), device), device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ def evaluate(
     """Accuracy on a split that choices may be made by, without augmentation, or on what `perturb` makes of
     it."""
     assert split in ("weights", "architecture"), f"{split!r} is not for choices"
-    return _score(network, evaluation_batches(task, split, _batch_size(task)), device, perturb)
+    return _score(network, evaluation_batches(task, split, _batch_size(task), device), device, perturb)
 
 
 def _batch_size(task: ImageTask) -> int:

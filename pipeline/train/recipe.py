@@ -64,8 +64,9 @@ class Robustness(Settings):
 class Recipe(Settings):
     """One network's training.
 
-    `lr` is the peak; `warmup_share` the share of all steps before it; `clip_norm` the largest gradient norm
-    and `ema_decay` the averaged weights' memory per step (0 switches either off); `distil` takes effect where
+    `lr` is the peak; `warmup_share` the share of all steps before it; `cutout` the side in pixels of a square
+    that is covered in every image (arXiv 1708.04552), `clip_norm` the largest gradient norm and `ema_decay`
+    the averaged weights' memory per step (0 switches any of them off); `distil` takes effect where
     there is a teacher (all tiers but the largest); with `adversarial` all batches are adversarial, and
     weights are chosen by what FGSM with the same ε leaves of their accuracy; `start` says where the caller
     takes the first weights from; the architecture split is read every `evaluate_every` epochs, counted back
@@ -79,6 +80,7 @@ class Recipe(Settings):
     weight_decay: float = Field(5e-4, ge=0, allow_inf_nan=False)
     warmup_share: float = Field(0.1, ge=0, lt=1)
     label_smoothing: float = Field(0.1, ge=0, lt=1)
+    cutout: int = Field(0, ge=0, le=512)
     ema_decay: float = Field(0.998, ge=0, lt=1)
     clip_norm: float = Field(0.0, ge=0, allow_inf_nan=False)
     distil: Distil | None = None
@@ -95,10 +97,12 @@ class Recipe(Settings):
 
     @model_serializer(mode="wrap")
     def _leave_out_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `adversarial` a recipe is written, and hashed, as it was before there was any."""
+        """Without `adversarial` and `cutout` a recipe is written, and hashed, as it was before there were
+        any."""
         values: dict[str, Any] = dump(self)
-        if self.adversarial is None:
-            del values["adversarial"]
+        for name in ("adversarial", "cutout"):
+            if not getattr(self, name):
+                values.pop(name, None)
         return values
 
     def steps(self, images: int) -> int:

@@ -12,12 +12,10 @@ from pipeline.data.arrays import ArrayImages
 from pipeline.data.base import ImageTask
 from pipeline.data.batches import (
     Batches,
-    Normalise,
     evaluation_batches,
     fixed_batch,
-    random_crop,
-    random_flip,
 )
+from pipeline.data.loader import Normalise
 from pipeline.errors import ConfigError
 
 MakeTask = Callable[..., ImageTask]
@@ -37,7 +35,7 @@ def batches(task: ImageTask, **changed: object) -> Batches:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_normalise_follows_the_formula(make_task: MakeTask, channels: int) -> None:
     task = make_task(channels=channels)
-    images = Normalise(task)(task.source.read(np.arange(10)))
+    images = Normalise(task)(torch.from_numpy(task.source.read(np.arange(10))))
     assert images.dtype == torch.float32 and images.shape == (10, channels, 8, 8)
     assert images.is_contiguous(memory_format=torch.channels_last)
     assert np.allclose(images.numpy(), normalised(task, np.arange(10)), atol=1e-5)
@@ -105,24 +103,6 @@ def test_every_step_draws_its_own_crops_and_flips(make_task: MakeTask) -> None:
 def test_without_flip_and_padding_augmentation_changes_nothing(make_task: MakeTask) -> None:
     task = make_task(flip=False, crop_padding=0)
     assert torch.equal(batches(task).at(4)[0], batches(task, augment=False).at(4)[0])
-
-
-def test_random_crops_are_all_windows_of_the_padded_image() -> None:
-    image = np.arange(1, 4 * 5 * 2 + 1, dtype=np.uint8).reshape(1, 4, 5, 2)
-    padded = np.pad(image[0], ((1, 1), (1, 1), (0, 0)))
-    windows = {padded[top : top + 4, left : left + 5].tobytes() for top in range(3) for left in range(3)}
-    crops = random_crop(np.repeat(image, 300, axis=0), 1, np.random.default_rng(0))
-    assert {crop.tobytes() for crop in crops} == windows
-
-
-def test_random_flip_mirrors_about_half_left_to_right() -> None:
-    image = np.arange(3 * 4 * 2, dtype=np.uint8).reshape(1, 3, 4, 2)
-    pixels = np.repeat(image, 1000, axis=0)
-    flipped = random_flip(pixels, np.random.default_rng(0))
-    mirrored = (flipped == image[:, :, ::-1]).all(axis=(1, 2, 3))
-    assert (mirrored | (flipped == image).all(axis=(1, 2, 3))).all()
-    assert 450 < mirrored.sum() < 550
-    assert (pixels == image).all()
 
 
 def test_evaluation_is_the_split_in_order(make_task: MakeTask) -> None:

@@ -272,6 +272,7 @@ def test_too_large_for_memory_is_refused_with_advice(
 ) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=8000))
     with pytest.raises(
-        DataError, match="10 decoded images are held in memory.*set a smaller image_size, or a limit"
+        DataError,
+        match="10 decoded images are held in memory.*set data.memory to less to have them streamed, or",
     ):
         load(make_folder())

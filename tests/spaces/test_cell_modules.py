@@ -510,3 +510,22 @@ def test_pools_of_one_value_are_worked_out_once(darts: CellSpace) -> None:
     pools = [layer for layer in darts.layers(arch) if layer.kind == "pool"]
     live = sum(cell is not None for cell in darts.plan(arch))
     assert len(pools) == len(POOLS) * live + 1
+
+
+def test_what_is_searched_may_be_smaller_than_what_is_built() -> None:
+    """Slots and mixtures are the same; the supernets have the searched size, networks and costs their own."""
+    settings = CellSettings(layers=5, channels=8, search_layers=3, search_channels=4)
+    space = CellSpace((3, 16, 16), 10, settings)
+    searched = space.searched
+    assert (searched.settings.layers, searched.settings.channels) == (3, 4)
+    assert searched.searched is searched and searched.slots == space.slots
+    assert space.supernet().space.fingerprint() == searched.fingerprint()
+    assert space.mixed_supernet().space.fingerprint() == searched.fingerprint()
+    full = CellSpace((3, 16, 16), 10, CellSettings(layers=5, channels=8))
+    assert full.searched is full
+    assert space.layers(space.largest) == full.layers(full.largest)
+    assert "search_layers" not in full.fingerprint() and space.fingerprint()["search_layers"] == 3
+    images = torch.zeros(2, 3, 16, 16)
+    assert space.supernet().forward(images, space.largest).shape == (2, 10)
+    mix_EO = torch.from_numpy(space.mix_of(space.largest)).float()
+    assert space.mixed_supernet().forward(images, mix_EO).shape == (2, 10)

@@ -15,6 +15,7 @@ SETTINGS = {
     "blockwise": MBConvSettings(blockwise=True, operations=("k3e1", "k5e3")),
     "fused": MBConvSettings(operations=("k3e1", "f3e1", "f3e3", "k7e6")),
     "lane-8": MBConvSettings(lane=8, size="tiny"),
+    "mobile": MBConvSettings(lane=8, size="mobile"),
 }
 
 
@@ -103,6 +104,35 @@ def test_widths_are_multiples_of_the_lane_block(space: MBConvSpace) -> None:
     for slot in space.slots:
         if slot.name.endswith("width"):
             assert all(int(choice) % lane == 0 for choice in slot.choices)
+
+
+def test_mobile_has_mobilenet_v2s_stages_at_224_pixels() -> None:
+    """Resolutions and widths of arXiv 1801.04381, table 2, with both stages at 14 pixels."""
+    space = MBConvSpace((3, 224, 224), 1000, MBConvSettings(lane=8, size="mobile", blockwise=True))
+    assert (space.stem_stride, space.stem_width, space.strides) == (2, 32, (1, 2, 2, 2, 1, 2))
+    published = (16, 24, 32, 64, 96, 160)
+    assert all(width in widths for width, widths in zip(published, space.widths, strict=True))
+    assert 1280 in space.head_widths
+    layers = space.layers(space.largest)
+    last = {stage: max(sizes) for stage, sizes in enumerate(_sizes_out(space), start=1)}
+    assert last == {1: 112, 2: 56, 3: 28, 4: 14, 5: 14, 6: 7}
+    assert next(layer.size_in for layer in layers if layer.kind == "pool") == 7
+
+
+def _sizes_out(space: MBConvSpace) -> list[list[int]]:
+    """Per stage the sizes of its blocks' outputs, from strides alone."""
+    sizes: list[list[int]] = [[] for _ in space.strides]
+    size = -(-space.image_shape[1] // space.stem_stride)
+    for block in space.plan(space.largest).blocks:
+        for unit in block.units:
+            size = -(-size // unit.stride)
+        sizes[block.stage].append(size)
+    return sizes
+
+
+def test_small_images_use_the_first_stages_of_mobile() -> None:
+    space = MBConvSpace((3, 32, 32), 10, MBConvSettings(lane=8, size="mobile"))
+    assert space.strides == (1, 2, 2) and space.widths[2] == (32, 40, 48)
 
 
 def test_uniform_members_are_distinct_members_with_one_operation(space: MBConvSpace) -> None:

@@ -56,6 +56,7 @@ def test_steps_count_whole_batches() -> None:
         ({"distil": {"temprature": 2}}, "unknown key 'distil.temprature'"),
         ({"adversarial": {"epsilon": 0}}, "'adversarial.epsilon' is 0"),
         ({"adversarial": {"eps": 2}}, "unknown key 'adversarial.eps'"),
+        ({"cutout": -1}, "'cutout' is -1"),
     ],
 )
 def test_a_wrong_recipe_is_refused_by_name(values: dict[str, object], message: str) -> None:
@@ -83,8 +84,10 @@ def test_a_recipe_is_read_without_torch() -> None:
 
 
 def test_a_recipe_without_adversarial_images_is_written_as_before_there_were_any() -> None:
-    """So that trainings of that time are still found to be of the same recipe."""
-    assert "adversarial" not in Recipe().model_dump(mode="json")
+    """So that trainings of that time are still found to be of the same recipe; likewise without cutout."""
+    assert not {"adversarial", "cutout"} & Recipe().model_dump(mode="json").keys()
+    covered = Recipe(cutout=16).model_dump(mode="json")
+    assert covered["cutout"] == 16 and Recipe.model_validate(covered) == Recipe(cutout=16)
     recipe = Recipe(adversarial=Adversarial(epsilon=4))
     written = recipe.model_dump(mode="json")
     assert written["adversarial"] == {"epsilon": 4.0}
