@@ -205,7 +205,7 @@ def spearman(loss_N: FloatArray, test_N: FloatArray) -> float:
     """ρ between −loss and accuracy; 0 where a side is constant, which ranks nothing."""
     if len(set(loss_N.tolist())) < 2 or len(set(test_N.tolist())) < 2:
         return 0.0
-    return float(stats.spearmanr(-loss_N, test_N).statistic)
+    return float(np.corrcoef(stats.rankdata(-loss_N), stats.rankdata(test_N))[0, 1])
 
 
 def pooled(losses: Sequence[FloatArray], truths: Sequence[FloatArray]) -> float:

@@ -38,6 +38,16 @@ def sha256_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def sha256_arrays(arrays: Mapping[str, NDArray[Any]]) -> str:
+    """Content hash over names, types, shapes and values; the order does not matter."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        value = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {value.dtype.str} {np.shape(arrays[name])} ".encode())
+        digest.update(value.tobytes())
+    return digest.hexdigest()
+
+
 # ----------------------------------------------------------------------------------------------- atomic files
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -17,6 +18,7 @@ from pipeline.errors import BudgetlineError, ConfigError, CorruptArtifact, Stora
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from pipeline.engine import Cluster
     from pipeline.run import Run
     from pipeline.types import Json
 
@@ -76,6 +78,24 @@ Workers = Annotated[
         help="Trainings side by side; default one a tier, as cores allow. 1 takes the least memory.",
     ),
 ]
+EngineName = Annotated[
+    str,
+    typer.Option(
+        "--engine",
+        envvar="BUDGETLINE_ENGINE",
+        help="Where tiers are trained, exported and timed: local, or ray, a cluster.",
+    ),
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        help="The cluster: HOST:PORT, or local to start one; default RAY_ADDRESS or what runs here."
+    ),
+]
+TaskResources = Annotated[
+    str | None,
+    typer.Option(help="What each task asks of a node: cpus=2,gpus=1,NAME=1; default one CPU, its threads."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 TierName = Annotated[str | None, typer.Option("--tier", help="One tier: NAME or DEVICE/NAME.")]
 RunFolderOption = Annotated[Path, typer.Option("--out", help="The run's folder.")]
@@ -88,12 +108,28 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+ON_RANKS = ("search", "retrain")
+"""The commands that several ranks can do together."""
+
+
 @app.callback()
 def _main(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
-) -> None: ...
+) -> None:
+    with _friendly():
+        from pipeline.ranks import place_in
+
+        place = place_in(os.environ)
+        if place.size > 1 and context.invoked_subcommand not in ON_RANKS:
+            if place.rank > 0:
+                raise typer.Exit(2)  # one message is enough
+            raise ConfigError(
+                f"{context.invoked_subcommand} is done by one process, and torchrun started {place.size}: "
+                f"start it without torchrun; {' and '.join(ON_RANKS)} take several"
+            )
 
 
 @contextmanager
@@ -132,6 +168,18 @@ def _console(to_stderr: bool = True) -> Console:
 # -------------------------------------------------------------------------------------------- making a family
 
 
+class _Engine(NamedTuple):
+    """Where tiers are worked on, as the flags say it."""
+
+    workers: int | None = None
+    name: str = "local"
+    ray_address: str | None = None
+    task_resources: str | None = None
+
+
+_HERE = _Engine()
+
+
 def _starter(name: str, work: Callable[[Run], Json | None], help_text: str, example: str) -> None:
     """A command that may start a run, and so takes everything that describes one."""
 
@@ -147,13 +195,17 @@ def _starter(name: str, work: Callable[[Run], Json | None], help_text: str, exam
         device: Device = None,
         settings: Set = None,
         workers: Workers = None,
+        engine: EngineName = "local",
+        ray_address: RayAddress = None,
+        task_resources: TaskResources = None,
         as_json: AsJson = False,
     ) -> None:
         with _friendly():
             flags = _flags(profile, data, method, space, evaluator, seed, device)
             wanted, where = _wanted(config, flags, settings or [])
             root = out or EXPORTS / _default_name(config, wanted)
-            with _opened(root, wanted, where, workers) as opened:
+            chosen = _Engine(workers, engine, ray_address, task_resources)
+            with _opened(root, wanted, where, chosen) as opened:
                 manifest = work(opened)
             if manifest is not None and as_json:
                 typer.echo(json.dumps(manifest))
@@ -168,18 +220,31 @@ def _starter(name: str, work: Callable[[Run], Json | None], help_text: str, exam
 def _stage(name: str, help_text: str, per_tier: bool, trains: bool = False) -> None:
     """A command for one stage of an existing run; `trains` where networks are trained side by side."""
 
-    def work(out: Path, *tier: str | None, workers: int | None = None) -> None:
-        with _friendly(), _opened(out, None, "command line", workers) as opened:
+    def work(out: Path, *tier: str | None, engine: _Engine = _HERE) -> None:
+        with _friendly(), _opened(out, None, "command line", engine) as opened:
             from pipeline import flow
 
             stage: Callable[..., Any] = getattr(flow, f"{name}_stage")
             stage(opened, *tier)
 
-    def for_training(out: RunFolderOption, tier: TierName = None, workers: Workers = None) -> None:
-        work(out, tier, workers=workers)
+    def for_training(
+        out: RunFolderOption,
+        tier: TierName = None,
+        workers: Workers = None,
+        engine: EngineName = "local",
+        ray_address: RayAddress = None,
+        task_resources: TaskResources = None,
+    ) -> None:
+        work(out, tier, engine=_Engine(workers, engine, ray_address, task_resources))
 
-    def for_one_tier(out: RunFolderOption, tier: TierName = None) -> None:
-        work(out, tier)
+    def for_one_tier(
+        out: RunFolderOption,
+        tier: TierName = None,
+        engine: EngineName = "local",
+        ray_address: RayAddress = None,
+        task_resources: TaskResources = None,
+    ) -> None:
+        work(out, tier, engine=_Engine(None, engine, ray_address, task_resources))
 
     def for_all(out: RunFolderOption) -> None:
         work(out)
@@ -297,19 +362,42 @@ def _default_name(config: Path | None, wanted: Json | None) -> str:
 
 
 @contextmanager
-def _opened(root: Path, wanted: Json | None, where: str, workers: int | None) -> Iterator[Run]:
-    from pipeline.artifacts import RunFolder
-    from pipeline.run import open_run, prepare_compute, require_run
+def _opened(root: Path, wanted: Json | None, where: str, engine: _Engine) -> Iterator[Run]:
+    from pipeline.progress import Silent
+    from pipeline.ranks import joined
+    from pipeline.run import open_run, prepare_compute, require_run, working_folder
     from pipeline.ui import progress_for
 
-    progress = progress_for(_console())
-    if wanted is None:
-        require_run(root)  # before the lock, which would make the folder
-    with RunFolder(root).locked():
-        opened = open_run(root, wanted, where, progress)
-        opened.workers = workers
-        prepare_compute(opened)
-        yield opened
+    with joined() as ranks:
+        if wanted is None and ranks.rank == 0:
+            require_run(root)  # before the lock, which would make the folder
+        with working_folder(root, ranks) as folder:
+            progress = progress_for(_console()) if ranks.rank == 0 else Silent()
+            opened = open_run(folder, wanted, where, progress)
+            opened.workers, opened.ranks = engine.workers, ranks
+            prepare_compute(opened)
+            with _cluster(opened, engine) as opened.cluster:
+                yield opened
+
+
+@contextmanager
+def _cluster(run: Run, engine: _Engine) -> Iterator[Cluster | None]:
+    """The machines that the flags name; None where this one does all."""
+    if engine.name == "ray" and run.ranks.size > 1:
+        raise ConfigError("--engine ray and torchrun both spread trainings: leave one of them out")
+    if engine.name == "ray":
+        from pipeline.engine_ray import connected, parse_ray_settings
+
+        settings = parse_ray_settings(engine.ray_address, engine.task_resources, run.config.device)
+        with connected(settings, run.config.profiles, run.progress) as cluster:
+            yield cluster
+        return
+    if engine.name != "local":
+        raise ConfigError(f"--engine {engine.name}: there are local and ray")
+    idle = {"--ray-address": engine.ray_address, "--task-resources": engine.task_resources}
+    for flag in (flag for flag, value in idle.items() if value is not None):
+        raise ConfigError(f"{flag} is for a cluster: say --engine ray, or leave it out")
+    yield None
 
 
 # ----------------------------------------------------------------------------------------- a proxy's settings

@@ -1,4 +1,5 @@
-"""Where independent pieces of a stage run: in this process, or side by side in processes of their own.
+"""Where independent pieces of a stage run: in this process, side by side in processes of their own, or on
+the machines of a cluster (`pipeline.engine_ray`).
 
 Training one network on several threads spends much of its time at barriers: two trainings of one thread
 each finish sooner than one after the other on two threads, and a neighbour disturbs them less. A job is a
@@ -18,17 +19,23 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
-from typing import IO, NamedTuple, Protocol
+from typing import IO, TYPE_CHECKING, NamedTuple, Protocol
 
 from pipeline import errors
 from pipeline.errors import BudgetlineError, WorkerLost
 from pipeline.types import Json, Progress
 
+if TYPE_CHECKING:
+    from pipeline.costs.table import Measure
+    from pipeline.devices.profile import DeviceProfile
+
 Advance = Callable[[int, str], None]
+Reads = Callable[[Json], Iterable[Path]]
+"""The files of the run folder that a job reads; one that is not there is left out."""
 
 
 class Engine(Protocol):
@@ -45,6 +52,24 @@ class Engine(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+class Cluster(Protocol):
+    """Machines that work for this one and do not see its disk."""
+
+    def engine(self, module: str, root: Path, data: str | None, reads: Reads, at_once: int | None) -> Engine:
+        """Does the JOBS of `module` for the run in folder `root`, at most `at_once` of them at a time, on
+        images of fingerprint `data`. A job that says `device` is done where that device is, on as many of
+        its GPUs as `gpus` says."""
+        ...
+
+    def stopwatch(self, profile: DeviceProfile) -> Measure:
+        """Times files where the device is."""
+        ...
+
+    def environment(self, profile: DeviceProfile) -> Json:
+        """What of the machine that is the device decides a latency, beside the profile."""
+        ...
 
 
 class Share(NamedTuple):
@@ -168,8 +193,7 @@ class _Worker:
                 answer: Json = message["answer"]
                 return answer
             if "error" in message:
-                kind: type[BudgetlineError] = getattr(errors, message["error"])
-                raise kind(message["text"])
+                raise told_error(message)
             if "say" in message:
                 say(message["say"])
             else:
@@ -194,6 +218,12 @@ class _Worker:
             if pipe is not None:
                 with contextlib.suppress(OSError):
                     pipe.close()
+
+
+def told_error(message: Json) -> BudgetlineError:
+    """The error that a worker met, as it was raised there."""
+    kind: type[BudgetlineError] = getattr(errors, message["error"])
+    return kind(message["text"])
 
 
 def _ending(code: int) -> str:

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +67,18 @@ def main() -> None:
 
     do = _opened(lines.get(), send)
     while True:
-        job = lines.get()
-        try:
-            send({"answer": do(job)})
-        except BudgetlineError as error:
-            send({"error": type(error).__name__, "text": str(error)})
-        except OSError as failure:
-            what = f"{failure.filename or 'a temporary file'}: {failure.strerror or failure}"
-            send({"error": StorageError.__name__, "text": what})
+        send(outcome(partial(do, lines.get())))
+
+
+def outcome(do: Callable[[], Json]) -> Json:
+    """The message that ends a job: its answer, or the error that is the user's to read."""
+    try:
+        return {"answer": do()}
+    except BudgetlineError as error:
+        return {"error": type(error).__name__, "text": str(error)}
+    except OSError as failure:
+        what = f"{failure.filename or 'a temporary file'}: {failure.strerror or failure}"
+        return {"error": StorageError.__name__, "text": what}
 
 
 def _opened(request: Json, send: Callable[[Json], None]) -> Callable[[Json], Json]:

@@ -12,7 +12,9 @@
     ├── ExportError            a network could not be written as ONNX
     │   └── ParityError        … or the file does not compute what the network computes
     ├── DivergedTraining       a loss is not a number
-    ├── WorkerLost             a process that trained for us has died
+    ├── WorkerLost             a process or node that worked for us is lost
+    ├── RankLost               one of several ranks has died or does not answer
+    ├── RanksDisagree          ranks that must decide the same did not
     ├── RunFolderError         the run folder cannot be used
     │   ├── RunLocked          … another process works on it
     │   ├── StaleArtifact      … a file was made from inputs that have changed
@@ -61,6 +63,12 @@ class DivergedTraining(BudgetlineError): ...
 
 
 class WorkerLost(BudgetlineError): ...
+
+
+class RankLost(BudgetlineError): ...
+
+
+class RanksDisagree(BudgetlineError): ...
 
 
 class RunFolderError(BudgetlineError): ...

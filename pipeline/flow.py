@@ -48,10 +48,12 @@ from pipeline.devices.session import NVIDIA, RuntimeSettings, open_session
 from pipeline.engine import Engine, InProcess, Processes, share_cores
 from pipeline.errors import AwaitingDevice, BudgetMissed, ConfigError, CorruptArtifact, RunFolderError
 from pipeline.evaluators import EVALUATORS
+from pipeline.evaluators.spread import over_ranks
+from pipeline.ranks import SharedCheckpoint
 from pipeline.report import assemble
 from pipeline.report.html import render_report
 from pipeline.report.manifest import build_manifest, write_manifest
-from pipeline.run import Run, TraceFile, read_trace
+from pipeline.run import RUN_FILE, Run, TraceFile, read_trace
 from pipeline.search import METHODS
 from pipeline.search.base import RELAXED, SearchProblem
 from pipeline.train.recipe import Recipe
@@ -85,7 +87,8 @@ def _profile_device(run: Run, profile: DeviceProfile) -> None:
     inputs = {"space": run.input_hashes["space"], "profile": sha256_json(profile.model_dump(mode="json"))}
     if run.folder.read_record(path, inputs) is not None:
         return
-    _refuse_missing_provider(profile)
+    if run.cluster is None:  # a cluster's device is asked by the first measurement
+        _refuse_missing_provider(profile)
     with run.timed() as seconds:
         table, how = cost_table(run, profile)
         tiers = resolve_tiers(profile.tiers_of(), run.space, table)
@@ -182,6 +185,7 @@ def search_stage(run: Run) -> None:
             ]
         ),
     }
+    run.ranks.agree("search", inputs)
     if run.folder.read_record(path, inputs) is not None:
         return
     problem = search_problem(run)
@@ -189,7 +193,11 @@ def search_stage(run: Run) -> None:
     checkpoint = FileCheckpoint(run.folder.path("search", "state.npz"))
     trace = TraceFile(run.folder.path("search", "trace.jsonl"), checkpoint)
     result = method.run(
-        problem, config.method.settings, checkpoint=checkpoint, trace=trace.write, progress=run.progress
+        problem,
+        config.method.settings,
+        checkpoint=SharedCheckpoint(checkpoint, run.ranks),
+        trace=trace.write,
+        progress=run.progress,
     )
     write_arrays(run.folder.path("search", "evaluator.npz"), problem.evaluator.state())
     run.folder.write_record(
@@ -215,17 +223,29 @@ def _hash_of_costs(run: Run, profile: DeviceProfile) -> str:
 
 def search_problem(run: Run) -> SearchProblem:
     search, tiers = run.config.search, run.tiers
+    fit_samples = search.fit_samples or len(tiers)
+    evaluator = over_ranks(_evaluator(run), run.ranks, partial(_macs, run))
+    if evaluator.trains and fit_samples < run.ranks.size:
+        run.progress.say(
+            f"search: a step trains {fit_samples} architectures, so {run.ranks.size - fit_samples} of "
+            f"{run.ranks.size} ranks wait; with search.fit_samples={run.ranks.size} they would not"
+        )
     return SearchProblem(
         space=run.space,
         costs=run.costs,
         tiers=tiers,
-        evaluator=_evaluator(run),
+        evaluator=evaluator,
         evaluations=search.evaluations,
         warm_up=search.warm_up,
-        fit_samples=search.fit_samples or len(tiers),
+        fit_samples=fit_samples,
         train_in_search=search.train_in_search,
         seed=run.config.seed,
+        ranks=run.ranks,
     )
+
+
+def _macs(run: Run, arch: Arch) -> float:
+    return sum(layer.macs for layer in run.space.layers(arch))
 
 
 def _evaluator(run: Run) -> Evaluator:
@@ -386,7 +406,7 @@ def try_one(run: Run, job: Json) -> Json:
     from pipeline.train.retrain import retrain
 
     arch, recipe = Arch.from_json(job["arch"]), _trial_recipe(run)
-    path = run.folder.path("search", "trials", f"{arch.key}.json")
+    path = _trial_path(run, arch)
     inputs = {**run.input_hashes, "recipe": sha256_json([recipe.model_dump(mode="json"), run.config.seed])}
     record = run.folder.read_record(path, inputs)
     if record is None:
@@ -405,6 +425,10 @@ def try_one(run: Run, job: Json) -> Json:
         run.folder.write_record(path, record, inputs)
         checkpoint.remove()
     return {"accuracy": float(record["accuracy"])}
+
+
+def _trial_path(run: Run, arch: Arch) -> Path:
+    return run.folder.path("search", "trials", f"{arch.key}.json")
 
 
 def _trial_recipe(run: Run) -> Recipe:
@@ -493,10 +517,11 @@ def retrain_one(run: Run, job: Json) -> Json:
         run.task,
         run.config.retrain,
         seed=run.config.seed,
-        checkpoint=checkpoint,
+        checkpoint=SharedCheckpoint(checkpoint, run.ranks),
         progress=run.progress,
         label=f"retrain {tier.key}",
         device=run.config.device,
+        ranks=run.ranks,
         teacher=_trained(run, largest) if run.config.retrain.distil and tier != largest else None,
     )
     weights = _weights_path(run, tier)
@@ -506,20 +531,6 @@ def retrain_one(run: Run, job: Json) -> Json:
     run.folder.write_record(path, {**record.to_json(), "sha256": sha256_file(weights)}, inputs)
     checkpoint.remove()
     return {}
-
-
-JOBS: dict[str, Callable[[Run, Json], Json]] = {"trial": try_one, "retrain": retrain_one}
-"""What an engine may be asked to do side by side: each writes only its own files."""
-
-
-def _engine(run: Run) -> Engine:
-    """A GPU trains one network at a time; on a CPU as many as there are tiers, each on its share of the
-    cores. A training's share decides the order of its sums, and so its last bits: it follows from the run and
-    the machine alone, never from what is left to do."""
-    share = share_cores(len(usable_cores()), run.workers or len(run.tiers))
-    if run.config.device != "cpu" or share.workers == 1:
-        return InProcess(lambda job: JOBS[job["do"]](run, job))
-    return Processes(__name__, run.folder.root, run.cache, share, run.progress)
 
 
 def _largest_first(run: Run, only: str | None = None) -> list[Tier]:
@@ -568,66 +579,90 @@ def _trained(run: Run, tier: Tier) -> nn.Module:
 def export_stage(run: Run, only: str | None = None) -> None:
     """ONNX files, parity on test images, and the final assessment: the one place that reads the test
     split."""
+    waiting = [tier for tier in _chosen(run, only) if _exporting(run, tier).record is None]
+    if waiting:
+        with _engine(run, side_by_side=False) as engine:
+            engine.map("export", [_export_job(run, tier) for tier in waiting], 1)
+
+
+def _export_job(run: Run, tier: Tier) -> Json:
+    """Lower precision is made and judged on the device itself where that can be reached."""
+    profile, job = run.profile(tier.device), {"do": "export", "tier": tier.key}
+    if profile.precision == "fp32" or not profile.measures_latency or profile.elsewhere:
+        return job
+    return {**job, "device": profile.name, "gpus": int(profile.provider in NVIDIA)}
+
+
+class _Exporting(NamedTuple):
+    """What a tier's files are made from, and their record if they are done."""
+
+    inputs: dict[str, str]
+    record: Json | None
+
+
+def _exporting(run: Run, tier: Tier) -> _Exporting:
+    profile = run.profile(tier.device)
+    inputs = {
+        "weights": run.done(run.tier_path(tier, "train.json"), "retrain")["sha256"],
+        "export": sha256_json(run.config.export.model_dump()),
+        "robustness": sha256_json(run.config.robustness.model_dump(mode="json")),
+    }
+    if profile.precision != "fp32":
+        inputs["precision"] = sha256_json([profile.precision, profile.int8.model_dump()])
+    return _Exporting(inputs, run.folder.read_record(run.tier_path(tier, "export.json"), inputs))
+
+
+def export_one(run: Run, job: Json) -> Json:
     from pipeline.data import held_out
     from pipeline.deploy import check_parity, export_onnx
     from pipeline.train.assess import assess, withstand
 
-    for tier in _chosen(run, only):
-        train = run.done(run.tier_path(tier, "train.json"), "retrain")
-        inputs = {
-            "weights": train["sha256"],
-            "export": sha256_json(run.config.export.model_dump()),
-            "robustness": sha256_json(run.config.robustness.model_dump(mode="json")),
-        }
-        profile = run.profile(tier.device)
-        if profile.precision != "fp32":
-            inputs["precision"] = sha256_json([profile.precision, profile.int8.model_dump()])
-        path = run.tier_path(tier, "export.json")
-        if run.folder.read_record(path, inputs) is not None:
-            continue
-        run.progress.say(f"export {tier.key}")
-        with run.timed() as seconds:
-            network, settings = _trained(run, tier), run.config.export
-            images, _ = held_out.test_sample(run.task, settings.parity_images, seed=0)
-            batches = images.numpy().reshape(-1, *run.space.image_shape)
-            files: Json = {}
-            for role, batch in (("onnx", None), ("onnx-batch1", 1)):
-                target = run.tier_path(tier, file_name(role))
-                exported = export_onnx(
-                    network,
-                    target,
-                    image_shape=run.space.image_shape,
-                    batch=batch,
-                    opset=profile.opset,
-                    metadata=_metadata(run, tier),
-                )
-                parity = check_parity(network, target, [batches])
-                files[role] = {"name": target.name, "export": exported.to_json(), "parity": parity.to_json()}
-            assessment = assess(network, run.task)
-            attacked = withstand(network, run.task, run.config.robustness)
-            runtime = accuracy_on_test(run, run.tier_path(tier, file_name("onnx")))
-            samples = _samples(network, images[: settings.samples])
-            lower = None if profile.precision == "fp32" else _export_lower(run, tier, network, batches)
-            if lower is not None and lower["precision"] == "int8":
-                samples["logits_int8"] = _logits_of(
-                    run.tier_path(tier, file_name("onnx", "int8")), samples["images"]
-                )
-            write_arrays(run.tier_path(tier, "samples.npz"), samples)
-        run.folder.write_record(
-            path,
-            {
-                "files": files,
-                "accuracy": {
-                    "test": assessment.accuracy / 100,
-                    "test_onnxruntime": runtime,
-                    "attacks": [result.to_json() for result in attacked],
-                },
-                "test_images": assessment.images,
-                **({} if lower is None else {"lower": lower}),
-                "seconds": seconds(),
+    tier = _chosen(run, job["tier"])[0]
+    inputs, profile = _exporting(run, tier).inputs, run.profile(tier.device)
+    run.progress.say(f"export {tier.key}")
+    with run.timed() as seconds:
+        network, settings = _trained(run, tier), run.config.export
+        images, _ = held_out.test_sample(run.task, settings.parity_images, seed=0)
+        batches = images.numpy().reshape(-1, *run.space.image_shape)
+        files: Json = {}
+        for role, batch in (("onnx", None), ("onnx-batch1", 1)):
+            target = run.tier_path(tier, file_name(role))
+            exported = export_onnx(
+                network,
+                target,
+                image_shape=run.space.image_shape,
+                batch=batch,
+                opset=profile.opset,
+                metadata=_metadata(run, tier),
+            )
+            parity = check_parity(network, target, [batches])
+            files[role] = {"name": target.name, "export": exported.to_json(), "parity": parity.to_json()}
+        assessment = assess(network, run.task)
+        attacked = withstand(network, run.task, run.config.robustness)
+        runtime = accuracy_on_test(run, run.tier_path(tier, file_name("onnx")))
+        samples = _samples(network, images[: settings.samples])
+        lower = None if profile.precision == "fp32" else _export_lower(run, tier, network, batches)
+        if lower is not None and lower["precision"] == "int8":
+            samples["logits_int8"] = _logits_of(
+                run.tier_path(tier, file_name("onnx", "int8")), samples["images"]
+            )
+        write_arrays(run.tier_path(tier, "samples.npz"), samples)
+    run.folder.write_record(
+        run.tier_path(tier, "export.json"),
+        {
+            "files": files,
+            "accuracy": {
+                "test": assessment.accuracy / 100,
+                "test_onnxruntime": runtime,
+                "attacks": [result.to_json() for result in attacked],
             },
-            inputs,
-        )
+            "test_images": assessment.images,
+            **({} if lower is None else {"lower": lower}),
+            "seconds": seconds(),
+        },
+        inputs,
+    )
+    return {}
 
 
 def file_name(role: str, precision: str = "fp32") -> str:
@@ -898,6 +933,50 @@ def _measured(run: Run, tier: Tier, precision: str, latency: LatencyRecord | Non
         "memory_bytes": takes.memory_bytes,
     }
     return dict(measured) if latency is None else {"latency_ms": latency.latency_ms, **measured}
+
+
+# ----------------------------------------------------------------------------------------------------- engine
+
+
+JOBS: dict[str, Callable[[Run, Json], Json]] = {
+    "trial": try_one,
+    "retrain": retrain_one,
+    "export": export_one,
+}
+"""What an engine may be asked to do side by side: each writes only its own files."""
+
+
+def _engine(run: Run, side_by_side: bool = True) -> Engine:
+    """The cluster, if there is one. Else ranks train one network at a time, together, and so does a GPU; on a
+    CPU as many are trained as there are tiers, each on its share of the cores. A training's share decides the
+    order of its sums, and so its last bits: it follows from the run and the machine alone, never from what is
+    left to do."""
+    if run.cluster is not None:
+        reads = partial(_read_by, run)
+        return run.cluster.engine(__name__, run.folder.root, run.task.fingerprint, reads, run.workers)
+    share = share_cores(len(usable_cores()), run.workers or len(run.tiers))
+    alone = run.ranks.size > 1 or run.config.device != "cpu" or share.workers == 1
+    if alone or not side_by_side:
+        return InProcess(lambda job: JOBS[job["do"]](run, job))
+    return Processes(__name__, run.folder.root, run.cache, share, run.progress)
+
+
+def _read_by(run: Run, job: Json) -> list[Path]:
+    """All that a job reads in the run's folder, for machines that do not see it."""
+    shared = [run.folder.path(RUN_FILE), *(run.costs_path(profile.name) for profile in run.config.profiles)]
+    if job["do"] == "trial":
+        trial = _trial_path(run, Arch.from_json(job["arch"]))
+        return [*shared, trial, trial.with_suffix(".npz")]
+    tier = _chosen(run, job["tier"])[0]
+    shared += [run.tier_path(other, "arch.json") for other in run.tiers]
+    if job["do"] == "export":
+        return [*shared, run.tier_path(tier, "train.json"), _weights_path(run, tier)]
+    largest, recipe = _largest_first(run)[0], run.config.retrain
+    if recipe.distil is not None and tier != largest:
+        shared += [run.tier_path(largest, "train.json"), _weights_path(run, largest)]
+    if recipe.start == "supernet":
+        shared.append(run.folder.path("search", "evaluator.npz"))
+    return [*shared, run.tier_path(tier, "training.npz")]
 
 
 # ----------------------------------------------------------------------------------------------------- report

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pipeline import __version__
 from pipeline.artifacts import FileCheckpoint, RunFolder, read_yaml, sha256_json, write_bytes, write_yaml
@@ -22,7 +27,9 @@ from pipeline.devices.environment import timing_environment
 from pipeline.devices.kit import Elsewhere
 from pipeline.devices.measure import measure
 from pipeline.devices.profile import DeviceProfile
+from pipeline.engine import Cluster
 from pipeline.errors import ConfigError, RunFolderError, StaleArtifact
+from pipeline.ranks import ALONE, Place, Ranks, pack, place_in, unpack
 from pipeline.spaces import SPACES
 from pipeline.spaces.base import SearchSpace
 from pipeline.types import Json, Progress, Tier
@@ -35,13 +42,17 @@ class Run:
     """A run in progress: its folder, what was asked for, and what several stages need and is made only
     once.
 
-    At most `workers` trainings run side by side; None for one a tier, as far as the cores go."""
+    At most `workers` trainings run side by side; None for one a tier, as far as the cores go. With a
+    `cluster` they run there, and files are timed there; with several `ranks` all of them are at work on one
+    thing at a time."""
 
     folder: RunFolder
     config: RunConfig
     progress: Progress
     cache: Path = field(default_factory=cache_folder)
     workers: int | None = None
+    cluster: Cluster | None = None
+    ranks: Ranks = ALONE
 
     @cached_property
     def task(self) -> ImageTask:
@@ -70,13 +81,19 @@ class Run:
         )
 
     def stopwatch(self, profile: DeviceProfile, kit: Path | None = None) -> Measure:
-        """What times files: this machine, or for a device elsewhere what was imported from it; what is
-        missing is then packed into `kit`, by default in the run's folder."""
-        return self._elsewhere(profile, kit) if profile.elsewhere else measure
+        """What times files: this machine, a node of the cluster, or for a device elsewhere what was imported
+        from it; what is missing is then packed into `kit`, by default in the run's folder."""
+        if profile.elsewhere:
+            return self._elsewhere(profile, kit)
+        return measure if self.cluster is None else self.cluster.stopwatch(profile)
 
     def environment(self, profile: DeviceProfile) -> Json:
         """What of a device decides a latency, beside the profile."""
-        return self._elsewhere(profile).environment if profile.elsewhere else timing_environment()
+        if profile.elsewhere:
+            return self._elsewhere(profile).environment
+        if self.cluster is None or not profile.measures_latency:
+            return timing_environment()
+        return self.cluster.environment(profile)
 
     def _elsewhere(self, profile: DeviceProfile, kit: Path | None = None) -> Elsewhere:
         return Elsewhere(
@@ -161,10 +178,51 @@ def _without_header(values: Any, path: Path) -> Json:
     return {key: value for key, value in values.items() if key != "budgetline"}
 
 
+READ_BY_RANKS = (
+    RUN_FILE,
+    "costs/*.json",
+    "search/result.json",
+    "search/evaluator.npz",
+    "*/*/arch.json",
+    "*/*/train.json",
+    "*/*/weights.safetensors",
+)
+"""All that searching and retraining read in a run's folder, checkpoints aside."""
+
+
+@contextmanager
+def working_folder(root: Path, ranks: Ranks) -> Iterator[Path]:
+    """The run's folder, locked, on rank 0; on every other rank a copy of what it may read there. What another
+    rank writes, which is what rank 0 writes too, vanishes with its copy."""
+    if ranks.rank == 0:
+        with RunFolder(root).locked():
+            if ranks.size > 1:
+                files = {path for pattern in READ_BY_RANKS for path in root.glob(pattern)}
+                ranks.from_first(pack({_relative(path, root): _content(path) for path in files}))
+            yield root
+        return
+    with tempfile.TemporaryDirectory(prefix="budgetline-rank-") as scratch:
+        copy = Path(scratch, root.resolve().name)
+        for name, content in unpack(ranks.from_first(b"")).items():
+            write_bytes(copy / name, content.tobytes())
+        yield copy
+
+
+def _relative(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix()
+
+
+def _content(path: Path) -> NDArray[np.uint8]:
+    return np.frombuffer(path.read_bytes(), dtype=np.uint8)
+
+
 def prepare_compute(run: Run) -> None:
-    """Refuse a training device that is not there; make the one that is repeatable."""
+    """Refuse a training device that is not there; make the one that is repeatable. Every rank of a machine
+    has a GPU of its own."""
     import torch
 
+    if run.ranks.size > 1 and run.config.device.startswith("cuda"):
+        run.config = replace(run.config, device=_own_gpu(run.config.device, place_in(os.environ)))
     if run.config.device.startswith("cuda"):
         usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (torch.device(run.config.device).index or 0) >= usable:
@@ -174,6 +232,12 @@ def prepare_compute(run: Run) -> None:
             )
         torch.backends.cudnn.benchmark = True
     torch.set_flush_denormal(True)
+
+
+def _own_gpu(device: str, place: Place) -> str:
+    if device != "cuda":
+        raise ConfigError(f"device: {device} is one GPU, and {place.size} ranks were started: set it to cuda")
+    return f"cuda:{place.local_rank}"
 
 
 class TraceFile:

@@ -18,17 +18,18 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "pipeline"
 
 ORDER = (
-    "types errors settings progress artifacts units algorithms devices data spaces deploy costs evaluators "
-    "search derive train report config run engine engine_worker flow ui cli launch"
+    "types errors settings progress artifacts ranks units algorithms devices data spaces deploy costs "
+    "evaluators search derive train report config engine run engine_worker engine_ray flow ui cli launch"
 ).split()
 """From the ground up: a room imports only itself and what stands before it."""
 
 HELD_OUT_READERS = {"pipeline/train/assess.py", "pipeline/flow.py"}
-HEAVY = ("torch", "torchvision", "matplotlib", "sklearn", "onnx", "onnxruntime", "scipy", "PIL", "fvcore")
+HEAVY = tuple("torch torchvision matplotlib sklearn onnx onnxruntime scipy PIL fvcore ray".split())
 LIGHT = (
-    "pipeline.algorithms pipeline.devices pipeline.devices.profile pipeline.data pipeline.spaces "
-    "pipeline.deploy pipeline.costs pipeline.evaluators pipeline.search pipeline.train pipeline.report "
-    "pipeline.derive pipeline.config pipeline.run pipeline.flow pipeline.cli pipeline.launch"
+    "pipeline.ranks pipeline.algorithms pipeline.devices pipeline.devices.profile pipeline.data "
+    "pipeline.spaces pipeline.deploy pipeline.costs pipeline.evaluators pipeline.search pipeline.train "
+    "pipeline.report pipeline.derive pipeline.config pipeline.run pipeline.engine_ray pipeline.flow "
+    "pipeline.cli pipeline.launch"
 ).split()
 """What the command line and every catalogue load before there is any work."""
 

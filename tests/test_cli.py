@@ -18,16 +18,17 @@ from pipeline import __version__
 from pipeline.cli import app
 
 DESCRIPTION = (  # of a run
-    "[config] --profile --data --method --space --evaluator --out --seed --device --set --workers --json"
+    "[config] --profile --data --method --space --evaluator --out --seed --device --set --workers "
+    "--engine --ray-address --task-resources --json"
 )
 SURFACE = {
     "run": DESCRIPTION,
     "profile": DESCRIPTION,
     "search": "--out",
-    "derive": "--out --tier --workers",
-    "retrain": "--out --tier --workers",
-    "export": "--out --tier",
-    "measure": "--out --tier",
+    "derive": "--out --tier --workers --engine --ray-address --task-resources",
+    "retrain": "--out --tier --workers --engine --ray-address --task-resources",
+    "export": "--out --tier --engine --ray-address --task-resources",
+    "measure": "--out --tier --engine --ray-address --task-resources",
     "report": "--out",
     "dps": "--known --out [config] --data --space --seed --device --set",
     "kit make": "--out [config] --profile --data --space --seed --set --verify --device",

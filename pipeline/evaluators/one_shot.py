@@ -8,12 +8,20 @@ slices of the sandwich are is a setting: the space's largest and smallest member
 
 Losses are cross entropies on images that the weights never saw (the architecture split), with the batch's own
 statistics in batch norm; every architecture of a call sees the same images.
+
+Over several ranks a step is the same step: all see the same images, each trains some of the sandwich, and
+the gradients are added up in the order in which one process would add them. Training amplifies a difference
+in the last bit several times in every step, so anything but the same bits would soon be another search. The
+teacher's rank sends its soft labels before its own backward pass, and a student's forward pass goes on
+meanwhile: as no student is larger than the teacher, nobody waits longer than a teacher's forward pass, which
+every rank would otherwise repeat.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Literal
 
 import numpy as np
@@ -25,6 +33,7 @@ from torch import Tensor, nn
 from pipeline.data.base import ImageTask
 from pipeline.data.batches import Batches
 from pipeline.errors import DivergedTraining
+from pipeline.ranks import ALONE, Ranks, share_out
 from pipeline.settings import Settings
 from pipeline.spaces.base import SearchSpace
 from pipeline.types import Arch, Arrays, FitInfo, FloatArray
@@ -65,6 +74,8 @@ class OneShotEvaluator:
         self.settings = settings
         self.total_steps = max(1, total_steps)
         self.device = torch.device(device)
+        self._ranks: Ranks = ALONE
+        self._shared: SharedGradients | None = None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.supernet = space.supernet()
@@ -79,33 +90,34 @@ class OneShotEvaluator:
             nesterov=settings.momentum > 0,
         )
         self._training = Batches(
-            task, "weights", settings.batch_size, seed=seed, augment=True, drop_last=True
+            task, "weights", settings.batch_size, seed=seed, augment=True, drop_last=True, device=device
         )
         held_out = len(task.splits["architecture"])
-        self._quick = self._held_out(task, min(settings.evaluation_images, held_out), seed)
-        self._thorough = self._held_out(task, min(settings.batch_size * 2, held_out), seed)
+        self._quick = self._held_out(task, min(settings.evaluation_images, held_out), seed, device)
+        self._thorough = self._held_out(task, min(settings.batch_size * 2, held_out), seed, device)
         self._thorough_batches = max(1, min(settings.thorough_images, held_out) // (settings.batch_size * 2))
 
+    def join(self, ranks: Ranks) -> None:
+        """From now on `fit` trains only this rank's part of the sandwich; all ranks must call it alike."""
+        self._ranks, self._shared = ranks, SharedGradients(self._weights, ranks)
+
     @staticmethod
-    def _held_out(task: ImageTask, batch_size: int, seed: int) -> Batches:
-        return Batches(task, "architecture", batch_size, seed=seed, augment=False, drop_last=True)
+    def _held_out(task: ImageTask, batch_size: int, seed: int, device: str) -> Batches:
+        return Batches(
+            task, "architecture", batch_size, seed=seed, augment=False, drop_last=True, device=device
+        )
 
     # ------------------------------------------------------------------------------------ training
 
     def fit(self, archs: Sequence[Arch], *, step: int) -> FitInfo:
-        sandwich = self._sandwich(archs)
-        images, labels = self._to_device(self._training.at(step))
         self._set_rate(step)
         self._optimiser.zero_grad(set_to_none=True)
-        teacher: Tensor | None = None
-        total = 0.0
-        for arch in sandwich:
-            logits = self.supernet.forward(images, arch)
-            loss = self._loss(logits, labels, teacher)
-            (loss / len(sandwich)).backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach()) / len(sandwich)
-            if teacher is None:
-                teacher = logits.detach().softmax(1)
+        sandwich = self._sandwich(archs)
+        owners = self._owners(sandwich)
+        losses = self._backward(sandwich, owners, step)
+        if self._shared is not None:
+            losses = self._shared.sum(losses, owners)
+        total = sum(loss / len(sandwich) for loss in losses)
         norm = float(nn.utils.clip_grad_norm_(self._weights, self.settings.clip_norm))
         if not (math.isfinite(total) and math.isfinite(norm)):  # before a step could spoil the weights
             raise DivergedTraining(
@@ -114,6 +126,27 @@ class OneShotEvaluator:
             )
         self._optimiser.step()
         return FitInfo(total, norm**2)
+
+    def _backward(self, sandwich: list[Arch], owners: list[int], step: int) -> list[float]:
+        """Leave the gradient of this rank's part of the mean loss. Losses, 0 for what other ranks have."""
+        losses = [0.0] * len(sandwich)
+        lesson = self._lesson(owners)
+        mine = [place for place, owner in enumerate(owners) if owner == self._ranks.rank]
+        if mine:
+            images, labels = self._to_device(self._training.at(step))
+        for place in mine:
+            logits = self.supernet.forward(images, sandwich[place])
+            if place == 0:
+                lesson.give(logits.detach().softmax(1))
+                loss = F.cross_entropy(logits, labels)
+            else:
+                loss = self._student_loss(logits, labels, lesson)
+            (loss / len(sandwich)).backward()  # type: ignore[no-untyped-call]
+            losses[place] = float(loss.detach())
+            if self._shared is not None:
+                self._shared.keep()
+        lesson.wait()
+        return losses
 
     def _sandwich(self, archs: Sequence[Arch]) -> list[Arch]:
         """Distinct architectures, the teacher (most multiply-adds) first."""
@@ -125,12 +158,25 @@ class OneShotEvaluator:
     def _macs(self, arch: Arch) -> int:
         return sum(layer.macs for layer in self.space.layers(arch))
 
-    def _loss(self, logits: Tensor, labels: Tensor, teacher: Tensor | None) -> Tensor:
+    def _owners(self, sandwich: list[Arch]) -> list[int]:
+        """The rank of each."""
+        if self._ranks.size == 1:
+            return [0] * len(sandwich)
+        return share_out([self._macs(arch) for arch in sandwich], self._ranks.size)
+
+    def _lesson(self, owners: list[int]) -> Lesson:
+        """What the first of the sandwich teaches the ranks that have the others."""
+        if self._ranks.size == 1 or len(owners) == 1 or self.settings.distillation == 0:
+            return Lesson(ALONE, 0, torch.empty(0))
+        room = torch.empty(self.settings.batch_size, self.space.num_classes, device=self.device)
+        return Lesson(self._ranks, owners[0], room)
+
+    def _student_loss(self, logits: Tensor, labels: Tensor, lesson: Lesson) -> Tensor:
         from_labels = F.cross_entropy(logits, labels)
         share = self.settings.distillation
-        if teacher is None or share == 0:
+        if share == 0:
             return from_labels
-        return (1 - share) * from_labels + share * F.cross_entropy(logits, teacher)
+        return (1 - share) * from_labels + share * F.cross_entropy(logits, lesson.wait())
 
     def _rate(self, step: int) -> float:
         """Linear warm-up, then a half cosine to zero."""
@@ -181,6 +227,75 @@ class OneShotEvaluator:
                     .to(value.device)
                     .contiguous(memory_format=_format(value))
                 )
+
+
+class Lesson:
+    """The teacher's soft labels, shape (N, classes), on their way from rank `source` to the others."""
+
+    def __init__(self, ranks: Ranks, source: int, room: Tensor) -> None:
+        self._ranks, self._source, self._soft = ranks, source, room
+        self._arrive = None if ranks.rank == source else ranks.send(room, source)
+
+    def give(self, soft: Tensor) -> None:
+        """On the teacher's rank: send them; `wait` gives them back at once."""
+        self._soft = soft
+        self._arrive = self._ranks.send(soft, self._source)
+
+    def wait(self) -> Tensor:
+        if self._arrive is not None:
+            self._arrive()
+            self._arrive = None
+        return self._soft
+
+
+class SharedGradients:
+    """Adds up the gradients of architectures that different ranks have, in the architectures' order: as one
+    process does, to the bit.
+
+    A gradient travels as one vector, laid out in memory as the weights are. It is counted on how many ranks
+    some path went through a weight: where none did, it is left without a gradient, as in one process, and so
+    without decay and momentum in this step."""
+
+    def __init__(self, weights: Sequence[nn.Parameter], ranks: Ranks) -> None:
+        self._weights, self._ranks = weights, ranks
+        *self._starts, end = accumulate((weight.numel() for weight in weights), initial=0)
+        self._length = -(-end // ranks.size) * ranks.size
+        self._kept: list[Tensor] = []
+        self._touched = [False] * len(weights)
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Take the gradients away from the weights: those of one architecture."""
+        vector = torch.zeros(self._length, device=self._weights[0].device)
+        pairs = zip(self._laid_out(vector), self._weights, strict=True)
+        found = [(view, weight.grad) for view, weight in pairs if weight.grad is not None]
+        torch._foreach_copy_([view for view, _ in found], [gradient for _, gradient in found])
+        for place, weight in enumerate(self._weights):
+            self._touched[place] |= weight.grad is not None
+            weight.grad = None
+        self._kept.append(vector)
+
+    @torch.no_grad()
+    def sum(self, losses: Sequence[float], owners: Sequence[int]) -> list[float]:
+        """Give the weights the sum of what all ranks have kept. Of each architecture's rank and loss, the
+        latter 0 where it is not this rank's; returns all losses."""
+        device = self._weights[0].device
+        own_ML = torch.stack(self._kept) if self._kept else torch.empty(0, self._length, device=device)
+        vector = self._ranks.sum_in_order(own_ML, owners)
+        counts_and_losses = torch.tensor([*map(float, self._touched), *losses], device=device)
+        self._ranks.sum(counts_and_losses)
+        found = counts_and_losses.tolist()
+        for weight, view, count in zip(self._weights, self._laid_out(vector), found, strict=False):
+            weight.grad = view if count else None
+        self._kept, self._touched = [], [False] * len(self._weights)
+        return found[len(self._weights) :]
+
+    def _laid_out(self, vector: Tensor) -> list[Tensor]:
+        """The vector as the weights' gradients."""
+        return [
+            vector.as_strided(weight.size(), weight.stride(), start)
+            for weight, start in zip(self._weights, self._starts, strict=True)
+        ]
 
 
 def _to_numpy(value: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:

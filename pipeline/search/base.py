@@ -17,8 +17,9 @@ import numpy as np
 from numpy.random import Generator
 
 from pipeline.algorithms import evolution
-from pipeline.artifacts import sha256_json
+from pipeline.artifacts import sha256_arrays, sha256_json
 from pipeline.errors import ConfigError, DivergedTraining, InfeasibleBudget, StaleArtifact
+from pipeline.ranks import ALONE, Ranks
 from pipeline.settings import Settings
 from pipeline.types import (
     Arch,
@@ -56,7 +57,8 @@ class SearchProblem:
     step trains `fit_samples` architectures; both count only for an evaluator that trains. With
     `train_in_search` every iteration trains once more, on its own samples; without it the evaluator is
     frozen after the warm-up and asked on the same images every time. A checkpoint is written at the end of
-    an iteration when the last one is `save_every_s` old."""
+    an iteration when the last one is `save_every_s` old. `ranks` search together: each comes to the same
+    decisions, which is checked."""
 
     space: ChoiceSpace
     costs: Mapping[str, CostTable]
@@ -68,6 +70,7 @@ class SearchProblem:
     train_in_search: bool = True
     seed: int = 0
     save_every_s: float = 20.0
+    ranks: Ranks = ALONE
     _usage: dict[Arch, FloatArray] = field(default_factory=dict, init=False, repr=False, compare=False)
     _largest: dict[tuple[str, str], float] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -333,10 +336,12 @@ def drive(
     The trace gets one record per iteration; `iteration` counts all optimiser steps from 0, the warm-up's
     included. A checkpoint's record holds `iteration`, the number finished: before resuming, the caller
     drops trace records from there on, and nothing before it is emitted again. The result is the same, bit
-    for bit, as an uninterrupted one's (but for `seconds`). Raises DivergedTraining at a loss that is not
-    finite; the last checkpoint stays."""
+    for bit, as an uninterrupted one's (but for `seconds`). Several ranks must be given the same checkpoint,
+    of which only one may write. Raises DivergedTraining at a loss that is not finite, and RanksDisagree
+    after an iteration that was not the same on all ranks; the last checkpoint stays."""
     run = _Search(method, problem, config, sampler, checkpoint, clock)
     run.resume()
+    run.agree([])
     if problem.evaluator.trains:
         bands = bands or BandSampler(problem)
         with progress.track("warm-up", problem.warm_up, min(run.iteration, problem.warm_up)) as advance:
@@ -394,6 +399,7 @@ class _Search(Generic[State]):
         archs = self.problem.archs(bands.draw_of(tiers_N.tolist(), self.rng(STAGE_WARM_UP)))
         record: Json = {"iteration": self.iteration, "stage": "warm_up", "fit_loss": self._fit(archs)}
         self.iteration += 1
+        self.agree(archs)
         return record
 
     def iterate(self) -> Json:
@@ -410,7 +416,22 @@ class _Search(Generic[State]):
                 record["tiers"] = self._watched(choices_NS, losses_N, usage_NK)
             self.state = self.sampler.tell(self.state, choices_NS, losses_N, usage_NK, self.rng(STAGE_TELL))
         self.iteration += 1
+        self.agree(archs)
         return record
+
+    def agree(self, samples: Sequence[Arch]) -> None:
+        """All that was decided so far is the same on all ranks. Raises RanksDisagree."""
+        if self.problem.ranks.size == 1:
+            return
+        losses = [candidate.loss for candidate in self.candidates.values()]
+        digests = {
+            "search": self.inputs,
+            "samples": sha256_json([arch.choices for arch in samples]),
+            "losses": sha256_arrays({"losses": np.array(losses, dtype=float)}),
+            "distributions": sha256_arrays(self.state._asdict()),  # type: ignore[attr-defined]
+            "progress": sha256_json([self.iteration, self.evaluations, self.idle]),
+        }
+        self.problem.ranks.agree(f"search step {self.iteration}", digests)
 
     def _watched(self, choices_NS: IntArray, losses_N: FloatArray, usage_NK: FloatArray) -> list[Json]:
         assert self.sampler.watch is not None

@@ -4,6 +4,11 @@ A step's batch, augmentation, perturbation and dropout depend on (seed, step) on
 everything else the next step reads (weights, momentum, averages, best weights, sums). So a run that was
 killed anywhere and started again ends with the same bits as one that was not (on a CPU, with the same number
 of threads).
+
+Several ranks train one network on their slices of the same batches, through DistributedDataParallel: the
+gradient is the whole batch's, whatever the number of ranks. Batch norm takes the statistics of a rank's own
+slice, and its running statistics are those of rank 0's: unlike all else they depend on the number of ranks,
+little while slices are not small. The architecture split is divided among the ranks too.
 """
 
 from __future__ import annotations
@@ -13,7 +18,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -22,17 +27,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.artifacts import sha256_json
 from pipeline.data.base import ImageTask
 from pipeline.data.batches import Batches
 from pipeline.errors import ConfigError, DivergedTraining
 from pipeline.evaluators import attack
-from pipeline.train.assess import Assessment, evaluate
+from pipeline.ranks import ALONE, Ranks, part_of
+from pipeline.train.assess import Assessment, Perturb, evaluate
 from pipeline.train.ema import Ema
 from pipeline.train.recipe import Adversarial, Distil, Recipe, decay_groups
-from pipeline.types import Arrays, Checkpoint, Json, Progress
+from pipeline.types import Arrays, Checkpoint, IntArray, Json, Progress
 
 _REPORT_SECONDS = 0.5
-_PERTURBATION = 3  # last word of the seeds of perturbations; those of batches are 1 and 2
+_DROPOUT, _PERTURBATION = 0, 3  # third words of the seeds of a step; those of batches are 1 and 2
+_LEAST_IMAGES = 2  # of a rank in a step: batch norm needs more than one
 Weights = Literal["raw", "ema"]
 
 
@@ -146,12 +154,14 @@ def retrain(
     device: str = "cpu",
     teacher: nn.Module | None = None,
     checkpoint_seconds: float = 20.0,
+    ranks: Ranks = ALONE,
 ) -> TrainRecord:
     """Train on the weights split, choose by the architecture split, leave the best weights in `network`.
 
     The first weights are the caller's: build the network under `seeded(seed)`. `label` names the work to a
     person. A checkpoint of another training (recipe, seed, data, first weights, teacher) is reported and not
-    used. The network ends in evaluation mode.
+    used. The network ends in evaluation mode. Several `ranks` must be given the same checkpoint, of which
+    only one may write.
 
     Raises DivergedTraining when a loss or weight is not a number: no checkpoint is written after that, so the
     last one is of a good state."""
@@ -161,8 +171,9 @@ def retrain(
         with seeded(seed):
             network.begin_training()
     network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    run = _Run(network, task, recipe, seed, label, device, teacher)
+    run = _Run(network, task, recipe, seed, label, device, teacher, ranks)
     run.resume(checkpoint, progress)
+    run.agree_on_start()
     with seeded(seed), progress.track(label, run.steps, run.step) as advance:
         run.train(checkpoint, advance, checkpoint_seconds)
     return run.finish()
@@ -180,13 +191,25 @@ class _Run:
         label: str,
         device: str,
         teacher: nn.Module | None,
+        ranks: Ranks,
     ) -> None:
+        self.ranks = ranks
         self.network, self.task, self.recipe = network, task, recipe
         self.aided = network if isinstance(network, Aided) else None
         self.seed, self.label, self.device = seed, label, device
         self.batch_size = min(recipe.batch_size, len(task.splits["weights"]))
-        self.batches = Batches(task, "weights", self.batch_size, seed=seed, augment=True, drop_last=True)
+        self.batches = Batches(
+            task,
+            "weights",
+            self.batch_size,
+            seed=seed,
+            augment=True,
+            drop_last=True,
+            cutout=recipe.cutout,
+            device=device,
+        )
         self.steps = recipe.steps(len(task.splits["weights"]))
+        self.forward = self._over_ranks()
         self.teacher = teacher
         if teacher is not None:
             teacher.to(device=device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
@@ -243,26 +266,27 @@ class _Run:
         lr = self.recipe.learning_rate(self.step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        torch.manual_seed(_step_seed(self.seed, self.step))
-        images_NCHW, labels_N = self.batches.at(self.step)
+        torch.manual_seed(_step_seed(self.seed, self.step, _DROPOUT, self.ranks.rank))
+        images_NCHW, labels_N = self._own_part(*self.batches.at(self.step))
         images_NCHW, labels_N = images_NCHW.to(self.device), labels_N.to(self.device)
         loss = self._loss(self._perturbed(images_NCHW, labels_N), labels_N)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        self._backward(loss, len(labels_N))
         if self.recipe.clip_norm > 0:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip_norm, foreach=True)
         self.optimizer.step()
         if self.ema is not None:
             self.ema.update(self.step)
         self.step += 1
-        self._unread.append(loss.detach())
+        self._unread.append(self._of_all_ranks(loss.detach(), len(labels_N)))
 
     def _perturbed(self, images_NCHW: Tensor, labels_N: Tensor) -> Tensor:
         """What the recipe makes of a batch. It is attacked in evaluation mode: no running statistics change,
         nothing is dropped."""
         if self.recipe.adversarial is None:
             return images_NCHW
-        generator = torch.Generator().manual_seed(_step_seed(self.seed, self.step, _PERTURBATION))
+        words = (self.seed, self.step, _PERTURBATION, self.ranks.rank)
+        generator = torch.Generator().manual_seed(_step_seed(*words))
         self.network.eval()
         strength = self._strength(self.recipe.adversarial)
         perturbed = attack.one_step(self.network, images_NCHW, labels_N, **strength, generator=generator)
@@ -288,10 +312,9 @@ class _Run:
         return loss + self.aided.auxiliary_weight * auxiliary
 
     def _logits(self, images_NCHW: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self.aided is None:
-            return self.network(images_NCHW), None
-        self.aided.set_progress(self.step / self.steps)
-        return self.aided.training_logits(images_NCHW)
+        if self.aided is not None:
+            self.aided.set_progress(self.step / self.steps)
+        return self.forward(images_NCHW)
 
     def _read_losses(self) -> int:
         """Fetch the losses of the steps since the last call and add them up, in order. Returns how many."""
@@ -310,6 +333,7 @@ class _Run:
         self.epoch_loss = 0.0
         raw = ema = None
         if self.recipe.evaluates(epoch):
+            self._settle(epoch)
             raw = self._judge(self.network, epoch, "raw")
             ema = self._judge(self.ema.module, epoch, "ema") if self.ema is not None else None
         self.history.append(
@@ -327,7 +351,7 @@ class _Run:
         """Evaluate, and keep the weights if they are the best so far."""
         adversarial = self.recipe.adversarial
         perturb = partial(attack.fgsm, network, **self._strength(adversarial)) if adversarial else None
-        result = evaluate(network, self.task, "architecture", device=self.device, perturb=perturb)
+        result = self._evaluate(network, perturb)
         if not math.isfinite(result.loss):
             raise self._diverged(self.step - 1, f"the loss on the architecture split is {result.loss}")
         score = (result.accuracy, -result.loss)
@@ -359,7 +383,7 @@ class _Run:
         self.network.eval()
         accuracy, negative_loss = self.best_score
         if self.recipe.adversarial is not None:
-            clean = evaluate(self.network, self.task, "architecture", device=self.device)
+            clean = self._evaluate(self.network)
             accuracy, negative_loss = clean.accuracy, -clean.loss
         return TrainRecord(
             epochs=self.recipe.epochs,
@@ -373,6 +397,67 @@ class _Run:
             recipe=self.recipe,
             history=tuple(self.history),
         )
+
+    # -------------------------------------------------------------------------------------------------- ranks
+
+    def _over_ranks(self) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
+        """The pass that training takes; with several ranks its backward pass averages their gradients."""
+        plain = _TrainingPass(self.network)
+        if self.ranks.size == 1:
+            return plain.forward
+        least = _LEAST_IMAGES * self.ranks.size
+        smallest = min(self.batch_size, len(self.task.splits["architecture"]))
+        if smallest < least:
+            raise ConfigError(
+                f"{self.label}: {self.ranks.size} ranks need batches, and an architecture split, of {least} "
+                f"images at least, and one has {smallest}; start fewer ranks, or set a larger batch_size"
+            )
+        return nn.parallel.DistributedDataParallel(
+            plain, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+
+    def _own_part(self, images_NCHW: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+        part = part_of(len(labels_N), self.ranks)
+        return images_NCHW[part], labels_N[part]
+
+    def _backward(self, loss: Tensor, images: int) -> None:
+        """Ranks are averaged as equals: a part that is larger by an image counts that much more."""
+        weight = images * self.ranks.size / self.batch_size
+        (loss if weight == 1 else weight * loss).backward()  # type: ignore[no-untyped-call]
+
+    def _of_all_ranks(self, loss: Tensor, images: int) -> Tensor:
+        """The loss of the whole batch."""
+        if self.ranks.size > 1:
+            loss = loss * (images / self.batch_size)
+            self.ranks.sum(loss)
+        return loss
+
+    def _settle(self, epoch: int) -> None:
+        """Make ranks alike, which they are but for batch norm's running statistics: those of rank 0 are
+        everyone's now. Raises RanksDisagree where something else differs."""
+        if self.ranks.size == 1:
+            return
+        networks = {"network": self.network} | ({"average": self.ema.module} if self.ema is not None else {})
+        for buffer in (buffer for network in networks.values() for buffer in network.buffers()):
+            self.ranks.send(buffer, 0)()
+        digests = {name: _digest(network) for name, network in networks.items()}
+        self.ranks.agree(f"{self.label}, epoch {epoch}", digests)
+
+    def _evaluate(self, network: nn.Module, perturb: Perturb | None = None) -> Assessment:
+        """On the architecture split, of which every rank takes its part."""
+        part = self.task.splits["architecture"][part_of(len(self.task.splits["architecture"]), self.ranks)]
+        task = self.task if self.ranks.size == 1 else _with_architecture_split(self.task, part)
+        found = evaluate(network, task, "architecture", device=self.device, perturb=perturb)
+        if self.ranks.size == 1:
+            return found
+        own = [round(found.accuracy * found.images / 100), found.loss * found.images, found.images]
+        correct, loss, images = self.ranks.sum_array(np.array(own, dtype=float)).tolist()
+        return Assessment(100 * correct / images, loss / images, int(images))
+
+    def agree_on_start(self) -> None:
+        """What is trained, and from where on, is the same on all ranks. Raises RanksDisagree."""
+        start = self.made_for | {"step to go on from": self.step}
+        self.ranks.agree(self.label, {what: sha256_json(value) for what, value in start.items()})
 
     # -------------------------------------------------------------------------------------------- checkpoints
 
@@ -432,6 +517,24 @@ class _Run:
             if name in buffers:
                 buffer = torch.empty_like(parameter).copy_(buffers[name])
                 self.optimizer.state[parameter]["momentum_buffer"] = buffer
+
+
+class _TrainingPass(nn.Module):
+    """A network as DistributedDataParallel has to see it, which only takes gradients of a `forward`."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images_NCHW: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits and, where there is a head for them, auxiliary ones."""
+        if isinstance(self.network, Aided):
+            return self.network.training_logits(images_NCHW)
+        return self.network(images_NCHW), None
+
+
+def _with_architecture_split(task: ImageTask, indices: IntArray) -> ImageTask:
+    return replace(task, splits={**task.splits, "architecture": indices})
 
 
 def _to_arrays(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:

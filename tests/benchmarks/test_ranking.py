@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from benchmarks import ranking
 from benchmarks.truth import Key, Row, add_rows, read_rows
@@ -88,3 +89,9 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
     with pytest.raises(CorruptArtifact, match="line 2"):
         read_rows(path)
     assert read_rows(tmp_path / "none.csv") == {}
+
+
+def test_rho_is_spearmans() -> None:
+    rng = np.random.default_rng(0)
+    loss_N, test_N = rng.normal(size=20), rng.integers(5, size=20).astype(float)
+    assert ranking.spearman(loss_N, test_N) == pytest.approx(stats.spearmanr(-loss_N, test_N).statistic)
