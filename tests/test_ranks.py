@@ -18,10 +18,9 @@ import yaml
 from on_ranks import KILLED, Answer, die, on_ranks
 from tiny_run import TINY, Cli
 from torch import nn
+from toy_images import CLASSES, make_task
 
 from pipeline.artifacts import FileCheckpoint, read_json
-from pipeline.data.arrays import ArrayImages
-from pipeline.data.base import ImageTask
 from pipeline.errors import ConfigError, RanksDisagree
 from pipeline.evaluators.one_shot import OneShotEvaluator, OneShotSettings
 from pipeline.evaluators.spread import over_ranks
@@ -45,31 +44,10 @@ from pipeline.train.recipe import Recipe
 from pipeline.train.retrain import TrainRecord, retrain, seeded
 from pipeline.types import Arch, Arrays, FitInfo, Json, Limit, Tier
 
-CLASSES = 3
 SPACE = MBConvSpace((3, 8, 8), CLASSES, MBConvSettings(size="tiny", lane=4, operations=("k3e1", "k5e3")))
 MIDDLE = Arch("mbconv", tuple(i % len(slot.choices) for i, slot in enumerate(SPACE.slots)))
 ARCHS = [SPACE.smallest, MIDDLE, SPACE.largest]
 SETTINGS = OneShotSettings(batch_size=16, warm_up_steps=2, evaluation_images=20, thorough_images=64)
-
-
-def make_task() -> ImageTask:
-    """240 images whose brightest channel is the class."""
-    rng = np.random.default_rng(7)
-    labels = np.arange(240) % CLASSES
-    pixels = rng.integers(0, 120, (240, 8, 8, CLASSES))
-    pixels[np.arange(240), :, :, labels] += 100
-    order = rng.permutation(240)
-    return ImageTask(
-        name="toy",
-        classes=("red", "green", "blue"),
-        source=ArrayImages(pixels.astype(np.uint8), labels),
-        splits={"weights": order[:120], "architecture": order[120:200], "test": order[200:]},
-        mean=(0.3, 0.3, 0.3),
-        std=(0.2, 0.2, 0.2),
-        flip=True,
-        crop_padding=1,
-        fingerprint="toy",
-    )
 
 
 @pytest.fixture(autouse=True)

@@ -4,16 +4,15 @@ that it goes on as if never stopped."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import functional_call
+from toy_images import CLASSES, WatchedImages, make_task
 
 from pipeline.data.base import ImageTask
 from pipeline.errors import ConfigError, DivergedTraining
@@ -24,47 +23,9 @@ from pipeline.spaces.mbconv import MBConvSettings, MBConvSpace
 from pipeline.spaces.nb201 import CONV1, CONV3, NONE, OPERATIONS, POOL, SKIP, NB201Settings, NB201Space
 from pipeline.types import Arch, FloatArray, IntArray
 
-CLASSES = 3
 SPACE = NB201Space((3, 8, 8), CLASSES, NB201Settings(cells=1, channels=4, mixed_norm="nodes"))
 ARCHS = [SPACE.smallest, Arch("nb201", (CONV1, SKIP, POOL, CONV3, NONE, CONV1)), SPACE.largest]
 SETTINGS = RelaxedSettings(batch_size=16, learning_rate=0.1, evaluation_images=20, thorough_images=64)
-
-
-@dataclass
-class WatchedImages:
-    """Images whose brightest channel is the class, and a record of which ones were read."""
-
-    pixels: NDArray[np.uint8]
-    labels: IntArray
-    reads: list[IntArray] = field(default_factory=list)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        height, width, channels = self.pixels.shape[1:]
-        return height, width, channels
-
-    def read(self, indices: IntArray) -> NDArray[np.uint8]:
-        self.reads.append(indices)
-        return self.pixels[indices]
-
-
-def make_task() -> ImageTask:
-    rng = np.random.default_rng(7)
-    labels = np.arange(240) % CLASSES
-    pixels = rng.integers(0, 120, (240, 8, 8, CLASSES))
-    pixels[np.arange(240), :, :, labels] += 100
-    order = rng.permutation(240)
-    return ImageTask(
-        name="toy",
-        classes=("red", "green", "blue"),
-        source=WatchedImages(pixels.astype(np.uint8), labels),
-        splits={"weights": order[:120], "architecture": order[120:200], "test": order[200:]},
-        mean=(0.3, 0.3, 0.3),
-        std=(0.2, 0.2, 0.2),
-        flip=True,
-        crop_padding=1,
-        fingerprint="toy",
-    )
 
 
 def make(
