@@ -25,7 +25,7 @@ from pipeline.data import cache_folder, load_task
 from pipeline.data.base import ImageTask
 from pipeline.devices.environment import timing_environment
 from pipeline.devices.kit import Elsewhere
-from pipeline.devices.measure import measure
+from pipeline.devices.measure import Patience, measure
 from pipeline.devices.profile import DeviceProfile
 from pipeline.engine import Cluster
 from pipeline.errors import ConfigError, RunFolderError, StaleArtifact
@@ -53,6 +53,7 @@ class Run:
     workers: int | None = None
     cluster: Cluster | None = None
     ranks: Ranks = ALONE
+    patience: Patience = field(default_factory=Patience)
 
     @cached_property
     def task(self) -> ImageTask:
@@ -78,6 +79,7 @@ class Run:
             environment=self.environment(profile),
             measure=self.stopwatch(profile),
             progress=self.progress,
+            patience=self.patience,
         )
 
     def stopwatch(self, profile: DeviceProfile, kit: Path | None = None) -> Measure:

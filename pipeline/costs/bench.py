@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -21,7 +20,7 @@ from pipeline.costs.latency import VERSION
 from pipeline.costs.table import LatencyModel, Measure, export_for_timing, untrained
 from pipeline.deploy.export import export_onnx
 from pipeline.deploy.quantize import to_float16
-from pipeline.devices.measure import ATTEMPTS, MAX_DRIFT, PAUSE_S, patiently
+from pipeline.devices.measure import MAX_DRIFT, Patience
 from pipeline.devices.profile import DeviceProfile
 from pipeline.errors import MeasurementError, RunFolderError
 from pipeline.spaces.base import SearchSpace
@@ -35,7 +34,8 @@ Write = Callable[[Arch, Path], None]
 
 
 class Bench:
-    """One device's stopwatch. `environment` names what else decides a latency here (processor, runtime)."""
+    """One device's stopwatch. `environment` names what else decides a latency here (processor, runtime);
+    `patience` is shared by all that wait for the same machine."""
 
     def __init__(
         self,
@@ -47,10 +47,11 @@ class Bench:
         environment: Json,
         measure: Measure,
         progress: Progress,
-        sleep: Callable[[float], None] = time.sleep,
+        patience: Patience | None = None,
     ) -> None:
         self.space, self.profile, self.model = space, profile, model
-        self.measure, self.progress, self.sleep = measure, progress, sleep
+        self.measure, self.progress = measure, progress
+        self.patience = Patience(attempts=1) if profile.elsewhere else patience or Patience()
         identity = [
             space.fingerprint(),
             profile.fingerprint(),
@@ -117,13 +118,10 @@ class Bench:
         self.write_reference(reference)
         elsewhere = self.profile.elsewhere  # what a device elsewhere has told stays the same
         taken = [
-            patiently(
+            self.patience.wait_for(
                 partial(self._measured, files, reference, seed),
                 lambda record: record.drift,
                 self.progress.say,
-                attempts=1 if elsewhere else ATTEMPTS,
-                pause_s=PAUSE_S,
-                sleep=self.sleep,
             )
             for seed in range(1 if elsewhere else processes)
         ]

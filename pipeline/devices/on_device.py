@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.devices.hardware import cpu_model, gpu_models, load_average, usable_cores
-from pipeline.devices.measure import MAX_DRIFT, patiently, time_models
+from pipeline.devices.measure import MAX_DRIFT, Patience, time_models
 from pipeline.devices.session import RuntimeSettings, open_session
 from pipeline.errors import BudgetlineError, CorruptArtifact, MeasurementError
 
@@ -69,6 +69,7 @@ class Kit:
         self.family: list[Json] = record["family"]
         runtime = {**record["runtime"], "threads": record["runtime"]["threads"] or len(usable_cores())}
         self.settings = RuntimeSettings.from_json(runtime)
+        self.patience = Patience()
         self.altered = {name for name, digest in record["files"].items() if _sha256(folder / name) != digest}
 
     @classmethod
@@ -151,7 +152,7 @@ class Kit:
             """A family may be checked on another machine than its own, where waiting changes nothing."""
             return 1.0 if self.family else float(record["drift"])
 
-        return patiently(measured, drift_of, _say)
+        return self.patience.wait_for(measured, drift_of, _say)
 
     # ------------------------------------------------------------------------------- a finished family
 

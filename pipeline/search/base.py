@@ -129,14 +129,18 @@ class SearchProblem:
             if len(self._usage) > 200_000:
                 self._usage.clear()
                 unknown = list(dict.fromkeys(archs))
-            columns = [self._usage_of(tier, unknown) for tier in self.tiers]
-            self._usage.update(zip(unknown, np.stack(columns, axis=1), strict=True))
-        return np.stack([self._usage[arch] for arch in archs])
+            self._usage.update(zip(unknown, self._work_out_usage(unknown), strict=True))
+        return np.array([self._usage[arch] for arch in archs], dtype=float).reshape(-1, len(self.tiers))
 
-    def _usage_of(self, tier: Tier, archs: Sequence[Arch]) -> FloatArray:
-        return np.asarray(
-            np.max([self._cost(tier.device, m, archs) / limit for m, limit in tier.budgets.items()], axis=0)
-        )
+    def _work_out_usage(self, archs: Sequence[Arch]) -> FloatArray:
+        """Every device's table is asked once, for all of its tiers."""
+        costs = {device: self.costs[device].of(archs) for device in {tier.device for tier in self.tiers}}
+        usage_NK = np.empty((len(archs), len(self.tiers)))
+        for k, tier in enumerate(self.tiers):
+            metrics = self.costs[tier.device].metrics
+            columns = [metrics.index(metric) for metric in tier.budgets]
+            usage_NK[:, k] = (costs[tier.device][:, columns] / list(tier.budgets.values())).max(axis=1)
+        return usage_NK
 
     def _cost(self, device: str, metric: str, archs: Sequence[Arch]) -> FloatArray:
         table = self.costs[device]

@@ -19,6 +19,7 @@ import itertools
 import re
 from collections.abc import Iterator
 from functools import lru_cache
+from operator import lt
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -193,6 +194,7 @@ class MBConvSpace:
         self.depths = size.depths[: len(self.strides)]
         self.head_widths = self._in_lanes(size.head)
         self.slots = tuple(self._slots())
+        self._sizes = tuple(len(slot.choices) for slot in self.slots)
         self._plan = lru_cache(maxsize=100_000)(self._make_plan)
 
     def _in_lanes(self, units: tuple[float, ...]) -> tuple[int, ...]:
@@ -241,13 +243,12 @@ class MBConvSpace:
         return self._arch(alive, head)
 
     def _check(self, arch: Arch) -> None:
-        fits = len(arch.choices) == len(self.slots) and all(
-            0 <= choice < len(slot.choices) for choice, slot in zip(arch.choices, self.slots, strict=True)
-        )
+        sizes, choices = self._sizes, arch.choices
+        fits = len(choices) == len(sizes) and all(map(lt, choices, sizes)) and min(choices) >= 0
         if arch.space != self.name or not fits:
             raise ConfigError(
                 f"architecture {arch.space}{list(arch.choices)} is not of space {self.name} with choices "
-                f"{[len(slot.choices) for slot in self.slots]}; was it made with other space settings?"
+                f"{list(sizes)}; was it made with other space settings?"
             )
 
     def _uniform_member(self, operation: int, depth: float, width: float, head: float) -> Arch:

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pipeline.costs import bench as bench_module
 from pipeline.costs.bench import SHIPPED_PROCESSES, Bench
 from pipeline.costs.table import LatencyModel
+from pipeline.devices.measure import ATTEMPTS, PAUSE_S, Patience
 from pipeline.devices.profile import DeviceProfile
 from pipeline.devices.session import RuntimeSettings
 from pipeline.errors import MeasurementError
@@ -163,23 +165,37 @@ def test_what_decides_a_latency_decides_what_is_remembered(tmp_path: Path, model
 
 def test_a_busy_machine_is_waited_for(tmp_path: Path, model: LatencyModel) -> None:
     watch, slept = Stopwatch(1.3, 1.11, 1.05), list[float]()
-    records = make(tmp_path, watch, model, sleep=slept.append).time(ARCHS[:2])
-    assert latencies(records) == [3.0, 3.1] and slept == [bench_module.PAUSE_S] * 2
+    records = make(tmp_path, watch, model, patience=Patience(sleep=slept.append)).time(ARCHS[:2])
+    assert latencies(records) == [3.0, 3.1] and slept == [PAUSE_S] * 2
     assert make(tmp_path, watch, model).time(ARCHS[:2]) == records, "only what counts is remembered"
 
 
 def test_a_machine_that_stays_slow_is_no_judge(tmp_path: Path, model: LatencyModel) -> None:
     watch, slept = Stopwatch(*[1.6] * 9), list[float]()
     with pytest.raises(MeasurementError, match=r"profile 'here': the reference network takes 1\.60 times"):
-        make(tmp_path, watch, model, sleep=slept.append).time(ARCHS[:1])
-    assert (len(watch.calls), len(slept)) == (bench_module.ATTEMPTS, bench_module.ATTEMPTS - 1)
+        make(tmp_path, watch, model, patience=Patience(sleep=slept.append)).time(ARCHS[:1])
+    assert (len(watch.calls), len(slept)) == (ATTEMPTS, ATTEMPTS - 1)
     assert not list(tmp_path.rglob("*.json"))
 
 
 def test_a_clock_that_moved_for_good_is_corrected_for(tmp_path: Path, model: LatencyModel) -> None:
     watch, slept = Stopwatch(*[1.3] * 9), list[float]()
-    records = make(tmp_path, watch, model, sleep=slept.append).time(ARCHS[:1])
-    assert len(watch.calls) == bench_module.ATTEMPTS and records[0].drift == 1.3
+    records = make(tmp_path, watch, model, patience=Patience(sleep=slept.append)).time(ARCHS[:1])
+    assert len(watch.calls) == ATTEMPTS and records[0].drift == 1.3
+
+
+def test_a_clock_that_moved_is_waited_for_once(tmp_path: Path, model: LatencyModel) -> None:
+    slow, quick = [1.3] * (ATTEMPTS + 1), [1.0]
+    watch, slept = Stopwatch(*slow, *quick, *slow), list[float]()
+    patience = Patience(sleep=slept.append)
+    calls = []
+    for arch in (*ARCHS[:3], ARCHS[0]):
+        folder = tmp_path / str(len(calls))
+        make(folder, watch, model, patience=patience).time([arch])
+        calls.append(len(watch.calls))
+    waited = ATTEMPTS - 1
+    assert np.diff([0, *calls]).tolist() == [ATTEMPTS, 1, 1, ATTEMPTS]
+    assert len(slept) == 2 * waited, "and again once it had been as fast as it was"
 
 
 def test_a_machine_that_became_faster_is_taken(tmp_path: Path, model: LatencyModel) -> None:

@@ -170,7 +170,7 @@ def test_what_travels_is_what_measures_here_and_needs_numpy_and_onnxruntime_alon
 
 @pytest.fixture
 def one_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(on_device, "patiently", functools.partial(on_device.patiently, attempts=1))
+    monkeypatch.setattr(on_device, "Patience", functools.partial(on_device.Patience, attempts=1))
 
 
 @pytest.mark.usefixtures("one_attempt")
@@ -630,7 +630,7 @@ def test_a_device_that_cannot_measure_fails_the_budgets_and_says_why(
     pack_family(tmp_path / "check.zip", finished, read_manifest(finished))
     folder = unpacked(tmp_path / "check.zip", tmp_path / "board")
     monkeypatch.setattr(on_device, "time_models", disturbed)
-    monkeypatch.setattr(on_device, "patiently", functools.partial(on_device.patiently, sleep=lambda s: None))
+    monkeypatch.setattr(on_device, "Patience", functools.partial(on_device.Patience, sleep=lambda s: None))
     assert on_device.main(str(folder), []) == 1
     checks = json.loads((folder / "results.json").read_text())["checks"]
     assert [c["came"] for c in checks if c["ok"] is False] == [
