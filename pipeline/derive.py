@@ -25,16 +25,16 @@ from pipeline.units import format_value
 
 
 class DeriveSettings(Settings):
-    """Finalists are predicted to use `low` to `high` of the budget; of the `rescored` members that the
-    evaluator is asked about thoroughly, the `best`, `uniform` and `random` ones become finalists. They are
-    timed, and tried for `trial_epochs`. When timed, `guard` of the budget must stay free, and networks that
-    use less than `least` of it come last. `samples` are drawn from each of the search's distributions,
-    beside what it has seen."""
+    """Finalists are predicted to use `low` to `high` of the budget, all of it where it is counted and not
+    timed; of the `rescored` members that the evaluator is asked about thoroughly, the `best`, `uniform` and
+    `random` ones become finalists. They are timed, and tried for `trial_epochs`. When timed, `guard` of the
+    budget must stay free, and networks that use less than `least` of it come last. `samples` are drawn from
+    each of the search's distributions, beside what it has seen."""
 
-    low: float = Field(0.95, gt=0, lt=1)
+    low: float = Field(0.97, gt=0, lt=1)
     high: float = Field(0.985, gt=0, le=1)
     guard: float = Field(0.015, ge=0, lt=0.5)
-    least: float = Field(0.92, ge=0, lt=1)
+    least: float = Field(0.95, ge=0, lt=1)
     samples: int = Field(2000, ge=0)
     rescored: int = Field(32, ge=1)
     best: int = Field(3, ge=1)
@@ -68,14 +68,14 @@ class Finalist:
         )
 
 
-def band(usage_N: FloatArray, settings: DeriveSettings, least: int) -> IntArray:
+def band(usage_N: FloatArray, low: float, high: float, least: int) -> IntArray:
     """Indices whose use of the budget lies in [low, high], at least `least` of them if the budget admits
-    that many:
-    the band widens downwards, nearest first. Fewer, or none, where the budget itself is the limit."""
-    inside = np.flatnonzero((usage_N <= settings.high) & (usage_N >= settings.low))
+    that many: the band widens downwards, nearest first. Fewer, or none, where the budget itself is the
+    limit."""
+    inside = np.flatnonzero((usage_N <= high) & (usage_N >= low))
     if len(inside) >= least:
         return inside
-    feasible = np.flatnonzero(usage_N <= settings.high)
+    feasible = np.flatnonzero(usage_N <= high)
     return np.sort(feasible[np.argsort(-usage_N[feasible], kind="stable")[:least]])
 
 
@@ -232,10 +232,11 @@ class Deriver:
 
     def _finalists(self, pool: Sequence[Arch], usage: Usage, rng: Generator) -> tuple[Finalist, ...]:
         usage_N = usage(pool)
-        members = [pool[i] for i in band(usage_N, self.settings, self.settings.rescored)]
+        high = self.settings.high if "latency_ms" in self.tier.budgets else 1.0
+        members = [pool[i] for i in band(usage_N, self.settings.low, high, self.settings.rescored)]
         if not members:
             raise InfeasibleBudget(
-                f"tier {self.tier.key}: no architecture within {self.settings.high:.1%} of its budget; "
+                f"tier {self.tier.key}: no architecture within {high:.1%} of its budget; "
                 f"the nearest uses {usage_N.min():.1%}; raise the budget"
             )
         quick_N = self.evaluator.losses(members[: 8 * self.settings.rescored], step=0)[:, 0]

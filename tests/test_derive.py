@@ -30,7 +30,7 @@ from pipeline.types import Arch, FloatArray, LatencyRecord, Limit, Tier
 BUDGET_MS = 2.0
 ARCHS = [Arch("t", (i,)) for i in range(40)]
 LOSS = np.array([(7 * i) % 40 for i in range(40)], dtype=float)  # every value once, in no order
-SETTINGS = DeriveSettings(rescored=6, best=2, random=1, uniform=1)
+SETTINGS = DeriveSettings(low=0.95, least=0.92, rescored=6, best=2, random=1, uniform=1)
 
 
 def record(latency_ms: float) -> LatencyRecord:
@@ -46,14 +46,14 @@ def finalist(number: int, loss: float = 1.0, usage: float = 0.97) -> Finalist:
 
 def test_the_band_is_what_uses_nearly_all_of_the_budget() -> None:
     usage_N = np.array([0.5, 0.95, 0.97, 0.985, 0.99, 1.2, 0.96])
-    assert band(usage_N, SETTINGS, least=2).tolist() == [1, 2, 3, 6]
+    assert band(usage_N, 0.95, 0.985, least=2).tolist() == [1, 2, 3, 6]
 
 
 def test_the_band_widens_downwards_to_the_nearest() -> None:
     usage_N = np.array([0.5, 0.97, 0.9, 0.8, 0.99, 1.2])
-    assert band(usage_N, SETTINGS, least=3).tolist() == [1, 2, 3]
-    assert band(usage_N, SETTINGS, least=9).tolist() == [0, 1, 2, 3]
-    assert band(np.array([1.1, 0.99]), SETTINGS, least=1).tolist() == []
+    assert band(usage_N, 0.95, 0.985, least=3).tolist() == [1, 2, 3]
+    assert band(usage_N, 0.95, 0.985, least=9).tolist() == [0, 1, 2, 3]
+    assert band(np.array([1.1, 0.99]), 0.95, 0.985, least=1).tolist() == []
 
 
 def test_finalists_are_the_best_the_best_uniform_and_a_random_one() -> None:
