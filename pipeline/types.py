@@ -66,14 +66,15 @@ class ChoiceSpace(Protocol):
         ...
 
 
-LayerKind = Literal["conv", "linear", "add", "pool", "norm", "activation"]
+LayerKind = Literal["conv", "linear", "add", "fused_add", "pool", "norm", "activation"]
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
     """One operator of a network as it is deployed (batch norm folded, activation fused), per image.
 
-    `groups == channels_in` is a depthwise convolution. Sizes are of the square feature map, in pixels.
+    `groups == channels_in` is a depthwise convolution, `fused_add` a sum that the convolution before it works
+    out (`pipeline.spaces.trace.deployed`). Sizes are of the square feature map, in pixels.
     `parameters` counts what is trained (for a convolution with batch norm: weights, scale and shift)."""
 
     kind: LayerKind

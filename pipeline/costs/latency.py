@@ -6,8 +6,10 @@ touches and its mere presence. Coefficients are times, so they are fitted by non
 (Lawson and Hanson 1974) on relative errors, |X w / y − 1|², with a small ridge that shares effects among
 collinear terms.
 
-Differently from nn-Meter (Zhang et al. 2021) there is no kernel detection and no sweep per kernel: all
-networks come from one space, whose operators are fused alike, so whole networks suffice.
+Differently from nn-Meter (Zhang et al. 2021) there is no kernel detection and no sweep per kernel: what the
+runtime fuses is known (`pipeline.spaces.trace`), and all networks come from one space, so whole networks
+suffice. A sum that a convolution works out has terms of its own, which are small where the runtime fuses it
+and those of a sum where it does not.
 There is no model of the residuals: from 24 networks on they are of the size of the measurement's noise (1 %).
 """
 
@@ -21,11 +23,12 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 
 from pipeline.costs.counts import deployed_weights, flops
+from pipeline.errors import StaleArtifact
 from pipeline.spaces.base import SearchSpace
 from pipeline.types import Arch, FloatArray, Json, Layer
 
-VERSION = 2
-"""Raised with every change of the terms or the fit, so that cached coefficients are not mistaken."""
+VERSION = 3
+"""Raised when layers, terms or the fit change, so that cached coefficients are not mistaken."""
 
 RIDGE = 0.03
 _CONSTANT = "network"
@@ -162,6 +165,12 @@ class LatencyPredictor:
 
     @classmethod
     def from_json(cls, record: Json) -> LatencyPredictor:
+        """Raises StaleArtifact for coefficients of other terms, KeyError where something is missing."""
+        if record["version"] != VERSION:
+            raise StaleArtifact(
+                f"a latency predictor of version {record['version']} was read, and this is {VERSION}, whose "
+                "terms are others; remove the cost table to remake it"
+            )
         return cls(
             int(record["lane"]), {str(name): float(value) for name, value in record["coefficients"].items()}
         )

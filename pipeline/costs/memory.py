@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.costs.counts import FLOAT_BYTES, weight_bytes
-from pipeline.costs.dataflow import FLOWS, Kind, Step, flow_of
 from pipeline.deploy.quantize import WEIGHTED
-from pipeline.spaces.base import SearchSpace
+from pipeline.spaces.base import SearchSpace, Traced
+from pipeline.spaces.trace import Kind, Step
 from pipeline.types import Arch
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ _KINDS: dict[str, Kind] = {
 
 def offers_memory(space: SearchSpace) -> bool:
     """Whether a network's memory can be worked out before it is built."""
-    return space.name in FLOWS
+    return isinstance(space, Traced)
 
 
 def memory_bytes(space: SearchSpace, arch: Arch, batch: int) -> int:
@@ -52,7 +52,8 @@ def memory_bytes(space: SearchSpace, arch: Arch, batch: int) -> int:
 
 def peak_numbers(space: SearchSpace, arch: Arch) -> int:
     """The most numbers alive at once while one image is worked on."""
-    steps = flow_of(space, arch)
+    assert isinstance(space, Traced), "asked of a space that `offers_memory`"
+    steps = space.trace(arch)
     return peak(steps, [step.numbers for step in steps])
 
 

@@ -200,7 +200,8 @@ class SpaceCosts:
 
     @classmethod
     def from_json(cls, record: Json, space: SearchSpace) -> SpaceCosts:
-        """Raises StaleArtifact when the record is of another space, CorruptArtifact when it is incomplete."""
+        """Raises StaleArtifact when the record is of another space or another version of the predictor,
+        CorruptArtifact when it is incomplete."""
         try:
             of_space, latency = record["space"], record["latency"]
             model = None if latency is None else LatencyModel.from_json(latency)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from pipeline.spaces.trace import Step
 from pipeline.types import Arch, ChoiceSpace, FloatArray, Json, Layer, Slot
 
 if TYPE_CHECKING:
@@ -43,6 +44,16 @@ class SearchSpace(ChoiceSpace, Protocol):
 
     def fingerprint(self) -> Json:
         """Everything that decides what the architectures are; two spaces with the same one are the same."""
+        ...
+
+
+@runtime_checkable
+class Traced(Protocol):
+    """A space that tells what the file exported from a network holds, which its memory is worked out from."""
+
+    def trace(self, arch: Arch) -> tuple[Step, ...]:
+        """The exported network, operator by operator, without building it (`pipeline.spaces.trace`). Raises
+        ConfigError for an architecture of another space."""
         ...
 
 

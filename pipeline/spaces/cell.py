@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache, reduce
 from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, Protocol, TypeVar
@@ -43,6 +42,7 @@ from pydantic import Field
 
 from pipeline.errors import ConfigError
 from pipeline.settings import Settings
+from pipeline.spaces.trace import Step, Trace, Value, deployed
 from pipeline.types import Arch, FloatArray, Json, Layer, Slot
 
 if TYPE_CHECKING:
@@ -540,17 +540,26 @@ class CellSpace:
         return self._layers(self.plan(arch))
 
     def _list_layers(self, plan: Plan) -> tuple[Layer, ...]:
-        trace = _Trace()
-        stem = trace.stem(self.image_shape, self.stem_width, self.stem_strides)
+        return deployed(self._write(plan))
 
-        def cell(place: int, inputs: Mapping[int, _Value]) -> _Value:
+    def trace(self, arch: Arch) -> tuple[Step, ...]:
+        """Operator by operator, as it is exported."""
+        return self._write(self.plan(arch))
+
+    def _write(self, plan: Plan) -> tuple[Step, ...]:
+        trace = Trace(self.image_shape)
+
+        def cell(place: int, inputs: Mapping[int, Value]) -> Value:
             live = plan[place]
-            assert live is not None
-            return trace.cell(self.positions[place], live, inputs, self.variant.loose_ends)
+            assert live is not None, "only live cells are worked out"
+            return _write_cell(trace, self.positions[place], live, inputs, self.variant.loose_ends)
 
-        outputs = [output for _, output in run_network(plan, stem, trace, cell)]
-        trace.classify(outputs[-1] if outputs else trace.zero(stem), self.num_classes)
-        return trace.layers()
+        x = trace.image
+        for step, stride in enumerate(self.stem_strides):
+            x = trace.convolve(trace.rectify(x) if step else x, self.stem_width, 3, stride)
+        outputs = [output for _, output in run_network(plan, x, trace, cell)]
+        trace.classify(outputs[-1] if outputs else trace.zero(x), self.num_classes)
+        return tuple(trace.steps)
 
     def build(self, arch: Arch) -> nn.Module:
         from pipeline.spaces.cell_modules import CellNetwork
@@ -655,136 +664,46 @@ def stem_strides(image_size: int) -> tuple[int, ...]:
     return (2,) * max(0, int(math.log2(image_size / 28))) or (1,)
 
 
-# ------------------------------------------------------------------------------------------------- its layers
+# ------------------------------------------------------------------------------------ its parts, written down
 
 
-_layer = lru_cache(maxsize=4096)(Layer)
-"""Networks repeat their operators hundreds of times; each is kept once."""
+def _write_cell(
+    trace: Trace, position: Position, plan: CellPlan, inputs: Mapping[int, Value], loose_ends: bool
+) -> Value:
+    def edge(node: int, pair: Pair, source: Node[Value]) -> Value:
+        stride = position.stride(pair.source)
+
+        def weighted(x: Value) -> Value:
+            if pair.operation == SKIP:
+                return _write_halving(trace, x, position.width)
+            return _write_separable(trace, x, CONVOLUTIONS[pair.operation], stride)
+
+        return operate(pair.operation, source, stride, weighted)
+
+    entered = {
+        source: _write_halving(trace, x, position.width)
+        if position.halves(source)
+        else trace.convolve(x, position.width)
+        for source, x in inputs.items()
+    }
+    output = run_cell(plan, entered, trace, edge)
+    return trace.convolve(trace.rectify(output), position.width) if loose_ends else output
 
 
-class _Value(NamedTuple):
-    """A feature map: the number of its operator (−1 for the images), its channels and pixels per
-    side."""
+def _write_halving(trace: Trace, x: Value, channels: int) -> Value:
+    """Two convolutions, on the even and, where the size is even, on the odd pixels."""
+    shifted = x if x.size % 2 else trace.shift(x)
+    even = trace.convolve(x, channels // 2, stride=2)
+    odd = trace.convolve(shifted, channels - channels // 2, stride=2)
+    return trace.concatenate([even, odd])
 
-    maker: int
-    channels: int
-    size: int
 
-
-class _Trace:
-    """Writes a network down, operator by operator, and then what is left of it once it is deployed.
-
-    Implements `Operators`. Concatenations and shifts are no operators: they work nothing out."""
-
-    def __init__(self) -> None:
-        self._operators: list[Layer | None] = []
-        self._reads: list[tuple[int, ...]] = []  # per operator the makers of its inputs
-
-    def _append(self, layer: Layer, *inputs: _Value) -> _Value:
-        self._operators.append(layer)
-        self._reads.append(tuple([value.maker for value in inputs]))
-        return _Value(len(self._operators) - 1, layer.channels_out, layer.size_out)
-
-    def rectify(self, x: _Value) -> _Value:
-        return self._append(_layer("activation", x.channels, x.channels, x.size, x.size), x)
-
-    def pool(self, x: _Value, operation: str, stride: int) -> _Value:
-        size = -(-x.size // stride)
-        return self._append(_layer("pool", x.channels, x.channels, x.size, size, POOL_KERNEL), x)
-
-    def join(self, values: Sequence[_Value]) -> _Value:
-        return reduce(self._add, values)
-
-    def _add(self, x: _Value, y: _Value) -> _Value:
-        return self._append(_layer("add", x.channels, x.channels, x.size, x.size), x, y)
-
-    def zero(self, x: _Value) -> _Value:
-        """The difference of a value and itself."""
-        return self._add(x, x)
-
-    def concatenate(self, values: Sequence[_Value]) -> _Value:
-        if len(values) == 1:
-            return values[0]
-        self._operators.append(None)
-        self._reads.append(tuple([value.maker for value in values]))
-        channels = sum(value.channels for value in values)
-        return _Value(len(self._operators) - 1, channels, values[0].size)
-
-    def convolve(self, x: _Value, channels: int, kernel: int = 1, stride: int = 1) -> _Value:
-        """With batch norm."""
-        weights = kernel**2 * x.channels * channels
-        size = -(-x.size // stride)
-        layer = _layer(
-            "conv",
-            x.channels,
-            channels,
-            x.size,
-            size,
-            kernel,
-            parameters=weights + 2 * channels,
-            normalised=True,
+def _write_separable(trace: Trace, x: Value, convolution: Convolution, stride: int) -> Value:
+    channels = x.channels
+    for step in range(convolution.repeats):
+        x = trace.rectify(x) if step else x
+        x = trace.convolve(
+            x, channels, convolution.kernel, 1 if step else stride, groups=channels, norm=False
         )
-        return self._append(layer, x)
-
-    def halve(self, x: _Value, channels: int) -> _Value:
-        halves = (channels // 2, channels - channels // 2)
-        return self.concatenate([self.convolve(x, half, stride=2) for half in halves])
-
-    def _depthwise(self, x: _Value, kernel: int, stride: int) -> _Value:
-        size, channels = -(-x.size // stride), x.channels
-        layer = _layer(
-            "conv", channels, channels, x.size, size, kernel, channels, parameters=kernel**2 * channels
-        )
-        return self._append(layer, x)
-
-    def separable(self, x: _Value, convolution: Convolution, stride: int) -> _Value:
-        for step in range(convolution.repeats):
-            x = self.rectify(x) if step else x
-            x = self._depthwise(x, convolution.kernel, 1 if step else stride)
-            x = self.convolve(x, x.channels)
-        return x
-
-    def stem(self, image_shape: tuple[int, int, int], channels: int, strides: Sequence[int]) -> _Value:
-        x = _Value(-1, image_shape[0], image_shape[1])
-        for step, stride in enumerate(strides):
-            x = self.convolve(self.rectify(x) if step else x, channels, 3, stride)
-        return x
-
-    def cell(
-        self, position: Position, plan: CellPlan, inputs: Mapping[int, _Value], loose_ends: bool
-    ) -> _Value:
-        def edge(node: int, pair: Pair, source: Node[_Value]) -> _Value:
-            stride = position.stride(pair.source)
-
-            def weighted(x: _Value) -> _Value:
-                if pair.operation == SKIP:
-                    return self.halve(x, position.width)
-                return self.separable(x, CONVOLUTIONS[pair.operation], stride)
-
-            return operate(pair.operation, source, stride, weighted)
-
-        entered = {
-            source: (self.halve if position.halves(source) else self.convolve)(x, position.width)
-            for source, x in inputs.items()
-        }
-        output = run_cell(plan, entered, self, edge)
-        return self.convolve(self.rectify(output), position.width) if loose_ends else output
-
-    def classify(self, x: _Value, num_classes: int) -> None:
-        pooled = self._append(_layer("pool", x.channels, x.channels, x.size, 1), x)
-        weights = (x.channels + 1) * num_classes
-        self._append(_layer("linear", x.channels, num_classes, parameters=weights), pooled)
-
-    def layers(self) -> tuple[Layer, ...]:
-        """Without what runtimes fuse: a rectifier that is alone on a convolution is part of it."""
-        readers = Counter(itertools.chain.from_iterable(self._reads))
-
-        def is_fused(layer: Layer, maker: int) -> bool:
-            before = self._operators[maker] if readers[maker] == 1 else None
-            return layer.kind == "activation" and before is not None and before.kind == "conv"
-
-        return tuple(
-            layer
-            for layer, reads in zip(self._operators, self._reads, strict=True)
-            if layer is not None and not is_fused(layer, reads[0])
-        )
+        x = trace.convolve(x, channels)
+    return x

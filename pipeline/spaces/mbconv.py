@@ -27,6 +27,7 @@ from pydantic import field_validator
 
 from pipeline.errors import ConfigError
 from pipeline.settings import Settings
+from pipeline.spaces.trace import Step, Trace, Value, deployed
 from pipeline.types import Arch, Json, Layer, Slot
 
 if TYPE_CHECKING:
@@ -297,29 +298,23 @@ class MBConvSpace:
         return Plan(stem, tuple(blocks), last, self.num_classes)
 
     def layers(self, arch: Arch) -> tuple[Layer, ...]:
+        """Part by part, since nothing is fused across blocks and networks share them."""
         plan = self.plan(arch)
-        size = self.image_shape[1]
-        layers: list[Layer] = []
-
-        def convolve(unit: Unit) -> None:
-            nonlocal size
-            layers.append(_conv_layer(unit, size))
-            size = layers[-1].size_out
-
-        convolve(plan.stem)
+        layers = list(_stem_layers(plan.stem, self.image_shape[1]))
         for block in plan.blocks:
-            for unit in block.units:
-                convolve(unit)
-            if block.residual:
-                channels = block.units[-1].channels_out
-                layers.append(Layer("add", channels, channels, size, size))
-        convolve(plan.head)
-        features = plan.head.channels_out
-        layers.append(Layer("pool", features, features, size, 1))
-        layers.append(
-            Layer("linear", features, plan.num_classes, parameters=(features + 1) * plan.num_classes)
-        )
+            layers += _block_layers(block.units, block.residual, layers[-1].size_out)
+        layers += _head_layers(plan.head, layers[-1].size_out, plan.num_classes)
         return tuple(layers)
+
+    def trace(self, arch: Arch) -> tuple[Step, ...]:
+        """Operator by operator, as it is exported."""
+        plan = self.plan(arch)
+        trace = Trace(self.image_shape)
+        x = _write_unit(trace, trace.image, plan.stem)
+        for block in plan.blocks:
+            x = _write_block(trace, x, block.units, block.residual)
+        trace.classify(_write_unit(trace, x, plan.head), plan.num_classes)
+        return tuple(trace.steps)
 
     def describe(self, arch: Arch) -> Json:
         return {
@@ -366,18 +361,38 @@ def _block(stage: int, index: int, op: Operation, channels_in: int, channels_out
     return Block(stage, index, op.family, units, residual=stride == 1 and channels_in == channels_out)
 
 
-@lru_cache(maxsize=4096)
-def _conv_layer(unit: Unit, size: int) -> Layer:
+# ------------------------------------------------------------------------------------ its parts, written down
+
+
+def _write_unit(trace: Trace, x: Value, unit: Unit) -> Value:
     groups = unit.channels_in if unit.depthwise else 1
-    weights = unit.kernel**2 * (unit.channels_in // groups) * unit.channels_out
-    return Layer(
-        "conv",
-        unit.channels_in,
-        unit.channels_out,
-        size,
-        -(-size // unit.stride),
-        unit.kernel,
-        groups,
-        parameters=weights + 2 * unit.channels_out,
-        normalised=True,
-    )
+    x = trace.convolve(x, unit.channels_out, unit.kernel, unit.stride, groups=groups)
+    return trace.rectify(x) if unit.relu else x
+
+
+def _write_block(trace: Trace, entry: Value, units: tuple[Unit, ...], residual: bool) -> Value:
+    x = entry
+    for unit in units:
+        x = _write_unit(trace, x, unit)
+    return trace.add(entry, x) if residual else x
+
+
+@lru_cache(maxsize=4096)
+def _stem_layers(unit: Unit, size: int) -> tuple[Layer, ...]:
+    trace = Trace((unit.channels_in, size, size))
+    _write_unit(trace, trace.image, unit)
+    return deployed(trace.steps)
+
+
+@lru_cache(maxsize=4096)
+def _block_layers(units: tuple[Unit, ...], residual: bool, size: int) -> tuple[Layer, ...]:
+    trace = Trace((units[0].channels_in, size, size))
+    _write_block(trace, trace.image, units, residual)
+    return deployed(trace.steps)
+
+
+@lru_cache(maxsize=4096)
+def _head_layers(unit: Unit, size: int, num_classes: int) -> tuple[Layer, ...]:
+    trace = Trace((unit.channels_in, size, size))
+    trace.classify(_write_unit(trace, trace.image, unit), num_classes)
+    return deployed(trace.steps)

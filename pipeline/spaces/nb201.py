@@ -24,18 +24,16 @@ a column per operation, and stands for the cell of every edge's strongest operat
 
 from __future__ import annotations
 
-import itertools
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import cached_property, lru_cache, reduce
-from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 import numpy as np
 from pydantic import Field
 
 from pipeline.errors import ConfigError
 from pipeline.settings import Settings
+from pipeline.spaces.trace import Step, Trace, Value, deployed
 from pipeline.types import Arch, FloatArray, Json, Layer, Slot
 
 if TYPE_CHECKING:
@@ -194,15 +192,22 @@ class NB201Space:
         return self._layers(self.canonical(arch).choices)
 
     def _list_layers(self, choices: Choices) -> tuple[Layer, ...]:
-        trace = _Trace()
-        x = trace.convolve(_Value(-1, self.image_shape[0], self.sizes[0]), self.widths[0], 3)
+        return deployed(self._write(choices))
+
+    def trace(self, arch: Arch) -> tuple[Step, ...]:
+        """Operator by operator, as it is exported."""
+        return self._write(self.canonical(arch).choices)
+
+    def _write(self, choices: Choices) -> tuple[Step, ...]:
+        trace = Trace(self.image_shape)
+        x = trace.convolve(trace.image, self.widths[0], 3)
         for stage, width in enumerate(self.widths):
             if stage:
-                x = trace.reduce(x, width)
+                x = _write_reduction(trace, x, width)
             for _ in range(self.settings.cells):
-                x = trace.cell(x, choices)
+                x = _write_cell(trace, x, choices)
         trace.classify(trace.rectify(trace.normalise(x)), self.num_classes)
-        return trace.layers()
+        return tuple(trace.steps)
 
     def table_params(self, arch: Arch) -> int:
         """Trained parameters as the tables count them (`params_M`, there in millions): with dead edges."""
@@ -273,92 +278,23 @@ class NB201Space:
         return np.eye(len(OPERATIONS))[list(arch.choices)]
 
 
-# ------------------------------------------------------------------------------------------------- its layers
+# ------------------------------------------------------------------------------------ its parts, written down
 
 
-_layer = lru_cache(maxsize=4096)(Layer)
-"""Networks repeat their operators hundreds of times; each is kept once."""
+def _write_reduction(trace: Trace, x: Value, channels: int) -> Value:
+    strided = trace.convolve(trace.rectify(x), channels, 3, stride=2)
+    main = trace.convolve(trace.rectify(strided), channels, 3)
+    averaged = trace.pool(x, "average", 2, kernel=2)
+    return trace.add(main, trace.convolve(averaged, channels, norm=False))
 
 
-class _Value(NamedTuple):
-    """A feature map: the number of its operator (−1 for the images), its channels and pixels per side."""
+def _write_cell(trace: Trace, x: Value, choices: Choices) -> Value:
+    def edge(slot: int, source: Node[Value]) -> Value | None:
+        op = choices[slot]
+        return operate(op, source, lambda active: trace.convolve(active, x.channels, KERNELS[op]))
 
-    maker: int
-    channels: int
-    size: int
+    def average(value: Value) -> Value:
+        return trace.pool(value, "average", 1)
 
-
-class _Trace:
-    """Writes a network down, operator by operator, and then what is left of it once it is deployed."""
-
-    def __init__(self) -> None:
-        self._operators: list[Layer] = []
-        self._reads: list[tuple[int, ...]] = []  # per operator the makers of its inputs
-
-    def _append(self, layer: Layer, *inputs: _Value) -> _Value:
-        self._operators.append(layer)
-        self._reads.append(tuple([value.maker for value in inputs]))
-        return _Value(len(self._operators) - 1, layer.channels_out, layer.size_out)
-
-    def convolve(self, x: _Value, channels: int, kernel: int, stride: int = 1, norm: bool = True) -> _Value:
-        weights = kernel**2 * x.channels * channels
-        layer = _layer(
-            "conv",
-            x.channels,
-            channels,
-            x.size,
-            -(-x.size // stride),
-            kernel,
-            parameters=weights + 2 * channels * norm,
-            normalised=norm,
-        )
-        return self._append(layer, x)
-
-    def pool(self, x: _Value, kernel: int = 3, stride: int = 1) -> _Value:
-        size = -(-x.size // stride)
-        return self._append(_layer("pool", x.channels, x.channels, x.size, size, kernel), x)
-
-    def rectify(self, x: _Value) -> _Value:
-        return self._append(_layer("activation", x.channels, x.channels, x.size, x.size), x)
-
-    def normalise(self, x: _Value) -> _Value:
-        layer = _layer("norm", x.channels, x.channels, x.size, x.size, parameters=2 * x.channels)
-        return self._append(layer, x)
-
-    def add(self, x: _Value, y: _Value) -> _Value:
-        return self._append(_layer("add", x.channels, x.channels, x.size, x.size), x, y)
-
-    def zero(self, x: _Value) -> _Value:
-        """The difference of a value and itself."""
-        return self.add(x, x)
-
-    def reduce(self, x: _Value, channels: int) -> _Value:
-        strided = self.convolve(self.rectify(x), channels, 3, stride=2)
-        main = self.convolve(self.rectify(strided), channels, 3)
-        return self.add(main, self.convolve(self.pool(x, 2, 2), channels, 1, norm=False))
-
-    def cell(self, x: _Value, choices: Choices) -> _Value:
-        def edge(slot: int, source: Node[_Value]) -> _Value | None:
-            op = choices[slot]
-            return operate(op, source, lambda active: self.convolve(active, x.channels, KERNELS[op]))
-
-        output = run_cell(x, edge, self.rectify, self.pool, self.add)
-        return self.zero(x) if output is None else output
-
-    def classify(self, x: _Value, num_classes: int) -> None:
-        pooled = self._append(_layer("pool", x.channels, x.channels, x.size, 1), x)
-        weights = (x.channels + 1) * num_classes
-        self._append(_layer("linear", x.channels, num_classes, parameters=weights), pooled)
-
-    def layers(self) -> tuple[Layer, ...]:
-        """Without what runtimes fuse: a rectifier that is alone on a convolution or a batch norm is part of
-        it, and a batch norm that is alone on a convolution is folded into it, as its own norm is."""
-        readers = Counter(itertools.chain.from_iterable(self._reads))
-        deployed: list[Layer] = []
-        for layer, (maker, *_) in zip(self._operators, self._reads, strict=True):
-            before = self._operators[maker].kind if readers[maker] == 1 else None
-            if layer.kind == "norm" and before == "conv":
-                layer = replace(layer, normalised=True)
-            if not (layer.kind == "activation" and before in ("conv", "norm")):
-                deployed.append(layer)
-        return tuple(deployed)
+    output = run_cell(x, edge, trace.rectify, average, trace.add)
+    return trace.zero(x) if output is None else output

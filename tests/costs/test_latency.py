@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pipeline.costs.latency import (
+    VERSION,
     HeldOutError,
     LatencyPredictor,
     choose_calibration,
@@ -15,6 +16,7 @@ from pipeline.costs.latency import (
     layer_terms,
     network_terms,
 )
+from pipeline.errors import StaleArtifact
 from pipeline.spaces.mbconv import MBConvSettings, MBConvSpace
 from pipeline.types import Arch, FloatArray, Layer
 
@@ -51,6 +53,11 @@ def test_terms_count_padded_channels_and_separate_depthwise() -> None:
     assert depthwise["depthwise5.macs@16"] == 25 * 32 * 256
     assert depthwise["depthwise.in"] == 32 * 1024
     assert network_terms([], LANE) == {"network": 1.0}
+
+
+def test_a_fused_sum_has_terms_of_its_own() -> None:
+    assert layer_terms(Layer("add", 8, 8, 4, 4), LANE) == {"add": 1.0, "add.out": 16.0 * 16}
+    assert layer_terms(Layer("fused_add", 8, 8, 4, 4), LANE) == {"fused_add": 1.0, "fused_add.out": 16.0 * 16}
 
 
 def test_a_device_that_the_model_can_express_is_predicted_from_thirty_networks(space: MBConvSpace) -> None:
@@ -108,6 +115,12 @@ def test_coefficients_survive_json(space: MBConvSpace) -> None:
     again = LatencyPredictor.from_json(json.loads(json.dumps(predictor.to_json())))
     assert again == predictor
     assert np.array_equal(again.predict(chosen), predictor.predict(chosen))
+
+
+def test_coefficients_of_other_terms_are_refused() -> None:
+    record = LatencyPredictor(LANE, {"network": 0.5}).to_json()
+    with pytest.raises(StaleArtifact, match=f"of version {VERSION - 1} was read, and this is {VERSION}"):
+        LatencyPredictor.from_json({**record, "version": VERSION - 1})
 
 
 @pytest.mark.parametrize("n", [3, 8, 24])

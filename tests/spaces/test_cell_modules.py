@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 import torch
 import torch.nn.functional as F
+from exported_graph import check_file
 
-from pipeline.costs.counts import FLOAT_BYTES, flops, module_flops, module_params, params, weight_bytes
+from pipeline.costs.counts import flops, module_flops, module_params, params
 from pipeline.deploy.export import export_onnx, export_skeleton
 from pipeline.deploy.parity import check_parity
 from pipeline.spaces.cell import POOLS, CellSettings, CellSpace, Pair, Position
@@ -25,7 +25,7 @@ from pipeline.spaces.cell_modules import (
     Operators,
     Skeleton,
 )
-from pipeline.types import Arch, Layer
+from pipeline.types import Arch
 
 Weight = Callable[[int, int, Pair], torch.Tensor | float]
 """Of a pair by kind of cell and node; 0 where it is not there."""
@@ -464,44 +464,22 @@ def settled(space: CellSpace, arch: Arch, seed: int = 0) -> CellNetwork:
     return network.eval()
 
 
-def check_file(path: Path, layers: tuple[Layer, ...]) -> None:
-    """The file's operators and weights are those that `layers` tells."""
-    graph = onnx.load(path).graph
-    maker = {node.output[0]: node.op_type for node in graph.node}
-    readers = Counter(name for node in graph.node for name in node.input)
-    fused = sum(
-        node.op_type == "Relu" and maker[node.input[0]] == "Conv" and readers[node.input[0]] == 1
-        for node in graph.node
-    )
-    found = Counter(node.op_type for node in graph.node)
-    assert Counter(layer.kind for layer in layers) == +Counter(
-        conv=found["Conv"],
-        pool=found["AveragePool"] + found["MaxPool"] + found["GlobalAveragePool"],
-        add=found["Add"] + found["Sub"],
-        activation=found["Relu"] - fused,
-        linear=found["Gemm"],
-    )
-    numbers = [onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer]
-    floats = sum(FLOAT_BYTES * array.size for array in numbers if array.dtype == np.float32)
-    assert floats == weight_bytes(layers)
-
-
-def test_the_file_that_ships_computes_the_network_with_the_operators_of_layers(tmp_path: Path) -> None:
+def test_the_file_that_ships_computes_the_network_with_the_operators_of_its_trace(tmp_path: Path) -> None:
     space = small_space("darts", 9, nodes=2, layers=3)
     normal = ((Pair(0, "sep3"), Pair(1, "avg3")), (Pair(0, "skip"), Pair(2, "dil5")))
     reduce = ((Pair(0, "skip"), Pair(1, "max3")), (Pair(1, "sep5"), Pair(2, "skip")))
     arch, path = space.arch((normal, reduce)), tmp_path / "a.onnx"
     network = settled(space, arch)
     export_onnx(network, path, image_shape=space.image_shape, batch=None, opset=20, metadata={})
-    check_file(path, space.layers(arch))
+    check_file(path, space, arch)
     check_parity(network, path, [images_of(space, 16).numpy()])
 
 
-def test_skeletons_hold_the_operators_of_layers(space: CellSpace, tmp_path: Path) -> None:
+def test_skeletons_hold_the_operators_of_their_traces(space: CellSpace, tmp_path: Path) -> None:
     for arch in few(space):
         network, path = settled(space, arch), tmp_path / f"{arch.key}.onnx"
         export_skeleton(network, path, image_shape=space.image_shape, batch=2, opset=20)
-        check_file(path, space.layers(arch))
+        check_file(path, space, arch)
         check_parity(network, path, [images_of(space, 16).numpy()])
 
 

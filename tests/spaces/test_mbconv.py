@@ -7,6 +7,7 @@ from pipeline.errors import ConfigError
 from pipeline.settings import parse_settings
 from pipeline.spaces.mbconv import MBConvSettings, MBConvSpace, Operation, stage_strides
 from pipeline.spaces.mbconv_modules import MBConvNetwork, MBConvSupernet
+from pipeline.spaces.trace import deployed
 from pipeline.types import Arch
 
 SETTINGS = {
@@ -63,6 +64,20 @@ def test_layers_have_the_sizes_that_the_module_computes(space: MBConvSpace) -> N
         network.eval()(torch.zeros(1, *space.image_shape))
         convolutions = [layer for layer in space.layers(arch) if layer.kind == "conv"]
         assert seen == [(x.channels_in, x.channels_out, x.size_out) for x in convolutions]
+
+
+def test_layers_by_parts_are_those_of_the_whole_network(space: MBConvSpace) -> None:
+    for arch in [space.smallest, space.largest, *random_members(space, 6, seed=2)]:
+        assert space.layers(arch) == deployed(space.trace(arch))
+
+
+def test_residual_sums_are_fused_unless_the_convolution_is_rectified() -> None:
+    fused = dict.fromkeys(("k3e1", "k3e3", "f3e3"), "fused_add")
+    for operation, kind in {**fused, "f3e1": "add"}.items():
+        space = MBConvSpace((3, 16, 16), 7, MBConvSettings(operations=(operation,)))
+        blocks = sum(block.residual for block in space.plan(space.largest).blocks)
+        sums = [layer.kind for layer in space.layers(space.largest) if layer.kind.endswith("add")]
+        assert sums == [kind] * blocks and blocks > 3
 
 
 def test_extracted_network_computes_what_the_supernet_does(
