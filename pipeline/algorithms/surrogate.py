@@ -163,9 +163,9 @@ def features(choices_NS: IntArray, slots: Sequence[Slot]) -> tuple[FloatArray, F
     traded = []
     for choices, places in alike.items():
         count_NC = own_NSC[:, places, : len(choices)].sum(axis=1)
-        traded.append(count_NC[:, :, None] > np.arange(len(places)))
-    traded_NF = np.concatenate([part.reshape(len(choices_NS), -1) for part in traded], axis=1)
-    return own_NSC.reshape(len(choices_NS), -1), traded_NF.astype(float)
+        traded.append((count_NC[:, :, None] > np.arange(len(places))).reshape(-1, len(choices) * len(places)))
+    traded_NF = np.concatenate(traded, axis=1)
+    return own_NSC.reshape(-1, own_NSC.shape[1] * num_choices), traded_NF.astype(float)
 
 
 def _cross(surrogate: Surrogate, choices_QS: IntArray) -> FloatArray:

@@ -124,3 +124,10 @@ def test_equal_losses_predict_the_same_everywhere() -> None:
     rows = random_rows(5, 15)
     model = surrogate.fit(rows, np.full(5, 2.5), OWN)
     assert np.ptp(surrogate.predict(model, random_rows(20, 16))) < 1e-9
+
+
+def test_nobody_asked_for_is_nobody_predicted() -> None:
+    """As in a tier whose band no offspring is in."""
+    model = surrogate.fit(random_rows(12, 5), np.arange(12.0), ALIKE)
+    assert surrogate.predict(model, random_rows(0, 0)).shape == (0,)
+    assert [part.shape for part in surrogate.predict_with_deviation(model, random_rows(0, 0))] == [(0,), (0,)]
