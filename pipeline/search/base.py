@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -40,6 +41,9 @@ from pipeline.types import (
 # First word of the seed of every random stream: [seed, stage, iteration]. Nothing random is kept between
 # iterations, so a resumed search draws what the uninterrupted one would have drawn.
 STAGE_POOL, STAGE_WARM_UP, STAGE_ASK, STAGE_TELL = range(4)
+
+MOST_KNOWN = 200_000
+"""Rows of choices; when there are more, what is known of them is worked out anew."""
 
 IDLE_LIMIT = 50
 """Iterations in a row without an unknown architecture after which a search on fixed answers has converged."""
@@ -71,7 +75,6 @@ class SearchProblem:
     seed: int = 0
     save_every_s: float = 20.0
     ranks: Ranks = ALONE
-    _usage: dict[Arch, FloatArray] = field(default_factory=dict, init=False, repr=False, compare=False)
     _largest: dict[tuple[str, str], float] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -110,7 +113,7 @@ class SearchProblem:
         """Whether asking again gives the same answer."""
         return self.is_frozen or not (self.evaluator.trains or self.evaluator.noisy)
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Number of choices per slot."""
         return tuple(len(slot.choices) for slot in self.space.slots)
@@ -119,28 +122,40 @@ class SearchProblem:
         """Canonical architectures of rows of choices."""
         return [self.space.canonical(Arch(self.space.name, tuple(row))) for row in choices_NS.tolist()]
 
-    def usage(self, archs: Sequence[Arch]) -> FloatArray:
+    def canonical(self, choices_NS: IntArray) -> IntArray:
+        """Canonical rows of choices, shape (N, S)."""
+        return self._known.of(choices_NS)[0]
+
+    def usage_of(self, choices_NS: IntArray) -> FloatArray:
         """Share of each tier's budget that an architecture takes, the largest over the tier's limits, shape
-        (N, K).
+        (N, K). At most 1 where the budget is kept. Worked out once for every row of choices."""
+        return self._known.of(choices_NS)[1]
 
-        At most 1 where the budget is kept. Looked up once per architecture."""
-        unknown = list(dict.fromkeys(arch for arch in archs if arch not in self._usage))
-        if unknown:
-            if len(self._usage) > 200_000:
-                self._usage.clear()
-                unknown = list(dict.fromkeys(archs))
-            self._usage.update(zip(unknown, self._work_out_usage(unknown), strict=True))
-        return np.array([self._usage[arch] for arch in archs], dtype=float).reshape(-1, len(self.tiers))
+    def usage(self, archs: Sequence[Arch]) -> FloatArray:
+        """`usage_of` for architectures."""
+        return self.usage_of(np.array([arch.choices for arch in archs]).reshape(-1, len(self.sizes)))
 
-    def _work_out_usage(self, archs: Sequence[Arch]) -> FloatArray:
-        """Every device's table is asked once, for all of its tiers."""
+    @cached_property
+    def _known(self) -> _Known:
+        return _Known(len(self.sizes), len(self.tiers), self._work_out)
+
+    @cached_property
+    def _limits(self) -> list[tuple[str, list[int], list[float]]]:
+        """Per tier its device, and the columns of the device's table that are limited, and to what."""
+        columns_of = {device: table.metrics.index for device, table in self.costs.items()}
+        return [
+            (tier.device, list(map(columns_of[tier.device], tier.budgets)), list(tier.budgets.values()))
+            for tier in self.tiers
+        ]
+
+    def _work_out(self, choices_NS: IntArray) -> tuple[IntArray, FloatArray]:
+        """Canonical rows and their usage; every device's table is asked once, for all of its tiers."""
+        archs = self.archs(choices_NS)
         costs = {device: self.costs[device].of(archs) for device in {tier.device for tier in self.tiers}}
-        usage_NK = np.empty((len(archs), len(self.tiers)))
-        for k, tier in enumerate(self.tiers):
-            metrics = self.costs[tier.device].metrics
-            columns = [metrics.index(metric) for metric in tier.budgets]
-            usage_NK[:, k] = (costs[tier.device][:, columns] / list(tier.budgets.values())).max(axis=1)
-        return usage_NK
+        usage_KN = [
+            (costs[device][:, columns] / limits).max(axis=1) for device, columns, limits in self._limits
+        ]
+        return np.array([arch.choices for arch in archs], dtype=np.int64), np.stack(usage_KN, axis=1)
 
     def _cost(self, device: str, metric: str, archs: Sequence[Arch]) -> FloatArray:
         table = self.costs[device]
@@ -172,6 +187,44 @@ class SearchProblem:
         return float(self._cost(device, metric, archs).max())
 
 
+class _Known:
+    """Canonical form and usage of rows of choices, worked out once a row, the latest `MOST_KNOWN` or more."""
+
+    def __init__(
+        self,
+        num_slots: int,
+        num_tiers: int,
+        work_out: Callable[[IntArray], tuple[IntArray, FloatArray]],
+    ) -> None:
+        self._work_out = work_out
+        self._place: dict[bytes, int] = {}
+        self._canonical_US = np.empty((0, num_slots), dtype=np.int64)
+        self._usage_UK = np.empty((0, num_tiers))
+
+    def of(self, choices_NS: IntArray) -> tuple[IntArray, FloatArray]:
+        rows_NS = np.ascontiguousarray(choices_NS, dtype=np.int64)
+        written, width = rows_NS.tobytes(), rows_NS.itemsize * rows_NS.shape[1]
+        keys = [written[start : start + width] for start in range(0, len(written), width)]
+        unknown = {key: n for n, key in enumerate(keys) if key not in self._place}
+        if unknown:
+            if len(self._place) > MOST_KNOWN:
+                self._place.clear()
+                unknown = {key: n for n, key in enumerate(keys)}
+            self._learn(unknown, rows_NS)
+        places_N = np.array([self._place[key] for key in keys], dtype=np.int64)
+        return self._canonical_US[places_N], self._usage_UK[places_N]
+
+    def _learn(self, unknown: Mapping[bytes, int], rows_NS: IntArray) -> None:
+        canonical_NS, usage_NK = self._work_out(rows_NS[list(unknown.values())])
+        first = len(self._place)
+        end = first + len(unknown)
+        if end > len(self._canonical_US):
+            self._canonical_US = np.resize(self._canonical_US, (2 * end, self._canonical_US.shape[1]))
+            self._usage_UK = np.resize(self._usage_UK, (2 * end, self._usage_UK.shape[1]))
+        self._canonical_US[first:end], self._usage_UK[first:end] = canonical_NS, usage_NK
+        self._place.update(zip(unknown, range(first, end), strict=True))
+
+
 # ---------------------------------------------------------------------------------------------------- bands
 
 
@@ -189,7 +242,7 @@ class BandSampler:
         self._problem = problem
         self._rng = np.random.default_rng([problem.seed, STAGE_POOL, 0])
         pool_NS = self._pool(pool_size)
-        usage_NK = problem.usage(problem.archs(pool_NS))
+        usage_NK = problem.usage_of(pool_NS)
         self.members_KNS = [
             self._members(k, pool_NS, usage_NK[:, k], low, least) for k in range(len(problem.tiers))
         ]
@@ -239,9 +292,8 @@ class BandSampler:
         rows_NS, at_N = pool_NS[near], usage_N[near]
         seen_NS, seen_N, found = [pool_NS], [usage_N], int(_in_band(usage_N, low).sum())
         for _ in range(rounds):
-            moved = self._problem.archs(evolution.mutate(rows_NS, self._problem.sizes, 0.0, self._rng))
-            moved_N = self._problem.usage(moved)[:, k]
-            moved_NS = np.array([arch.choices for arch in moved], dtype=np.int64)
+            moved_NS = evolution.mutate(rows_NS, self._problem.sizes, 0.0, self._rng)
+            moved_NS, moved_N = self._problem.canonical(moved_NS), self._problem.usage_of(moved_NS)[:, k]
             better_N = _distance(moved_N, low) <= _distance(at_N, low)
             rows_NS, at_N = np.where(better_N[:, None], moved_NS, rows_NS), np.where(better_N, moved_N, at_N)
             seen_NS.append(moved_NS[better_N])

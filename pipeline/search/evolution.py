@@ -82,7 +82,7 @@ def sampler(problem: SearchProblem, config: Evolution, bands: BandSampler) -> Sa
         parent_1S = evolution.tournament(population, config.tournament, 1, rng)
         litter_NS = np.repeat(parent_1S, config.children, axis=0)
         children_NS = evolution.mutate(litter_NS, problem.sizes, config.mutation, rng)
-        usage_N = problem.usage(problem.archs(children_NS))[:, k]
+        usage_N = problem.usage_of(children_NS)[:, k]
         return np.asarray(children_NS[np.argmin(np.maximum(usage_N, 1.0))])
 
     def tell(

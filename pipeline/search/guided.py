@@ -117,7 +117,7 @@ class _Guide:
     def tell(
         self, state: Guided, choices_NS: IntArray, losses_N: FloatArray, usage_NK: FloatArray, rng: Generator
     ) -> Guided:
-        state = self._remembering(state, self._canonical(choices_NS), losses_N)
+        state = self._remembering(state, self.problem.canonical(choices_NS), losses_N)
         if self._too_few(state):
             return state
         state = self._with_kernel(state)
@@ -180,12 +180,9 @@ class _Guide:
             self._model = (state.losses_E, surrogate.fit(*self._seen(state), kernel=kernel))
         return self._model[1]
 
-    def _canonical(self, choices_NS: IntArray) -> IntArray:
-        return np.array([arch.choices for arch in self.problem.archs(choices_NS)], dtype=np.int64)
-
     def _gradient(self, state: Guided, k: int, drawn_NS: IntArray) -> FloatArray:
         """Natural gradient of tier k by the predicted losses of its samples, shape (S, C)."""
-        loss_N = surrogate.predict(self._surrogate(state), self._canonical(drawn_NS))
+        loss_N = surrogate.predict(self._surrogate(state), self.problem.canonical(drawn_NS))
         utility_N = categorical.quantile_utility(loss_N, np.ones(len(loss_N)), self.config.quantile)
         theta_1SC = state.theta_KSC[k : k + 1]
         return np.asarray(categorical.natural_gradient(theta_1SC, drawn_NS, utility_N[None])[0])
@@ -204,7 +201,7 @@ class _Guide:
         kept = [np.zeros((0, len(self.sizes)), dtype=np.int64)]
         for _ in range(rounds):
             drawn_NS = categorical.sample(state.theta_KSC[k : k + 1], 2 * num, rng)[0]
-            usage_N = self.problem.usage(self.problem.archs(drawn_NS))[:, k]
+            usage_N = self.problem.usage_of(drawn_NS)[:, k]
             kept.append(drawn_NS[(usage_N >= self.config.low) & (usage_N <= 1.0)])
             if sum(map(len, kept)) >= num:
                 break
@@ -221,7 +218,7 @@ class _Guide:
         known = self._known(state, model)
         chosen_KNS = []
         for k in range(len(self.problem.tiers)):
-            pool_NS = self._canonical(self._virtual(state, k, rng))
+            pool_NS = self.problem.canonical(self._virtual(state, k, rng))
             pool_NS, mean_N = self._bred(k, pool_NS, known, model, rng)
             new_N = np.array([row not in taken for row in map(tuple, pool_NS.tolist())])
             order_N = np.lexsort((mean_N, ~new_N))[: max(SHORTLIST, num)]
@@ -234,7 +231,7 @@ class _Guide:
     def _known(self, state: Guided, model: Surrogate) -> tuple[IntArray, FloatArray, FloatArray]:
         """Architectures evaluated, their predicted losses (N,), and usage (N, K)."""
         rows_NS = np.unique(state.choices_ES, axis=0)
-        return rows_NS, surrogate.predict(model, rows_NS), self.problem.usage(self.problem.archs(rows_NS))
+        return rows_NS, surrogate.predict(model, rows_NS), self.problem.usage_of(rows_NS)
 
     def _bred(
         self,
@@ -256,10 +253,10 @@ class _Guide:
             parents_PS = pool_NS[np.argsort(pool_mean_N, kind="stable")[:PARENTS]]
             litter_NS = np.repeat(parents_PS, self.config.virtual_samples // PARENTS, axis=0)
             mates_NS = parents_PS[rng.integers(len(parents_PS), size=len(litter_NS))]
-            children_NS = self._canonical(
+            children_NS = self.problem.canonical(
                 evolution.mutate(evolution.cross(litter_NS, mates_NS, rng), self.sizes, MUTATION, rng)
             )
-            usage_N = self.problem.usage(self.problem.archs(children_NS))[:, k]
+            usage_N = self.problem.usage_of(children_NS)[:, k]
             children_NS = children_NS[(usage_N >= self.config.low) & (usage_N <= 1)]
             pool_NS, pool_mean_N = _distinct(
                 np.concatenate([pool_NS, children_NS]),
