@@ -21,8 +21,10 @@ from pipeline.costs.memory import footprint
 from pipeline.deploy import choose, fix_batch
 from pipeline.devices.profile import DeviceProfile, Int8Settings
 from pipeline.errors import ConfigError
-from pipeline.flow import accuracy_on_test, file_name, quantise
 from pipeline.run import Run, open_run
+from pipeline.stages.export import accuracy_on_test
+from pipeline.stages.lower_precision import quantise
+from pipeline.stages.records import onnx_path, timed_role
 from pipeline.types import Json, LatencyRecord, Tier
 from pipeline.ui import progress_for
 
@@ -40,8 +42,8 @@ HEADINGS = (
 
 def quantised(run: Run, profile: DeviceProfile, tier: Tier, folder: Path) -> tuple[list[Path], Json]:
     """The float32 and the int8 file that are timed, and what the latter came to."""
-    role = "onnx-batch1" if profile.batch == 1 else "onnx"
-    plain, int8 = run.tier_path(tier, file_name("onnx")), folder / f"{tier.name}.onnx"
+    role = timed_role(profile)
+    plain, int8 = onnx_path(run, tier), folder / f"{tier.name}.onnx"
     run.progress.say(f"int8 for {tier.key}")
     made = quantise(run, profile, plain, int8)
     tests = {"float32": accuracy_on_test(run, plain), "int8": accuracy_on_test(run, int8)}
@@ -49,7 +51,7 @@ def quantised(run: Run, profile: DeviceProfile, tier: Tier, folder: Path) -> tup
     if role == "onnx-batch1":
         timed = folder / f"{tier.name}.batch1.onnx"
         fix_batch(int8, timed, 1)
-    files = [run.tier_path(tier, file_name(role)), timed]
+    files = [onnx_path(run, tier, role), timed]
     return files, {
         "made": made,
         "accuracy": {

@@ -40,7 +40,6 @@ from benchmarks.record import (
 )
 from benchmarks.rivals import RANDOM, Entrant, Gym, chosen_tiers, comparable_recipe, random_members, train_all
 from benchmarks.truth import Row, add_rows, key_of, read_rows
-from pipeline import flow
 from pipeline.artifacts import FileCheckpoint, RunFolder, read_arrays, read_yaml, sha256_json, write_arrays
 from pipeline.config import parse
 from pipeline.costs.budgets import usage_of_budgets
@@ -50,6 +49,8 @@ from pipeline.progress import NoCheckpoint
 from pipeline.report.manifest import MANIFEST
 from pipeline.run import Run, open_run, prepare_compute
 from pipeline.search import METHODS
+from pipeline.stages.networks import searched_evaluator
+from pipeline.stages.search import search_problem
 from pipeline.types import Arch, Evaluator, FloatArray, Json, Tier
 from pipeline.ui import progress_for
 
@@ -166,7 +167,7 @@ def trained_variant(run: Run, name: str, changes: Json, work: RunFolder) -> Eval
     config = parse(values, f"variant {name}")
     changed = replace(run, config=config)
     path = work.path("variants", f"{name}-{sha256_json(config.to_json())[:12]}.npz")
-    problem = flow.search_problem(changed)
+    problem = search_problem(changed)
     if path.is_file():
         problem.evaluator.load_state(read_arrays(path))
         return problem.evaluator
@@ -325,7 +326,7 @@ def arguments() -> Namespace:
 def signals_of(run: Run, work: RunFolder, bands: Sequence[Band], asked: Namespace) -> dict[str, Json]:
     seed = run.config.seed
     signals = {
-        RUN_SIGNAL: judged(losses_of(flow.searched_evaluator(run), bands), bands, seed),
+        RUN_SIGNAL: judged(losses_of(searched_evaluator(run), bands), bands, seed),
         LATENCY: judged(latencies_of(run, bands), bands, seed),
     }
     for name in filter(None, asked.evaluators.split(",")):

@@ -54,6 +54,7 @@ from pipeline.report.manifest import MANIFEST, read_manifest
 from pipeline.run import Run, open_run, prepare_compute
 from pipeline.spaces.base import SearchSpace
 from pipeline.spaces.mbconv import Plan
+from pipeline.stages.records import arch_of, record_of
 from pipeline.train.assess import assess
 from pipeline.train.recipe import Recipe
 from pipeline.train.retrain import retrain, seeded
@@ -153,7 +154,7 @@ def select_entrants(
     """The searched network of a tier and its rivals, all timed; and why a rival is missing, by role."""
     bench, budget_ms = run.bench(run.profile(tier.device)), tier.budgets["latency_ms"]
     usage = partial(usage_of_budgets, run.costs[tier.device], tier)
-    searched = Arch.from_json(run.done(run.tier_path(tier, "arch.json"), "derive")["arch"])
+    searched = arch_of(run, tier)
 
     def latencies_ms(archs: Sequence[Arch]) -> list[float]:
         return [record.latency_ms for record in bench.time(archs)]
@@ -267,9 +268,9 @@ class Gym:
             entrant, seed
         ):
             return
-        train = self.run.done(self.run.tier_path(tier, "train.json"), "retrain")
-        export = self.run.done(self.run.tier_path(tier, "export.json"), "export")
-        measured = self.run.done(self.run.tier_path(tier, "measure.json"), "measure")["measured"]
+        train = record_of(self.run, tier, "retrain")
+        export = record_of(self.run, tier, "export")
+        measured = record_of(self.run, tier, "measure")["measured"]
         record = {
             "architecture": train["accuracy"],
             "test": 100 * export["accuracy"]["test"],
@@ -431,7 +432,7 @@ def selection_of(
 ) -> tuple[list[Entrant], dict[str, str]]:
     """`select_entrants`, as chosen before where this was started before."""
     path = work.path("entrants", f"{tier.device}-{tier.name}.json")
-    arch = run.done(run.tier_path(tier, "arch.json"), "derive")
+    arch = record_of(run, tier, "derive")
     inputs = {
         **run.input_hashes,
         "tier": sha256_json([tier.to_json(), arch["key"]]),
@@ -448,7 +449,7 @@ def selection_of(
 
 def origin_of(run: Run, tier: Tier) -> str | None:
     """How the searched network became a finalist: by the search's loss, as a uniform member, or at random."""
-    record = run.done(run.tier_path(tier, "arch.json"), "derive")
+    record = record_of(run, tier, "derive")
     return next((str(t["origin"]) for t in record["trials"] if t["arch"] == record["arch"]), None)
 
 
@@ -458,7 +459,7 @@ def paid_members(run: Run, tier: Tier, recipe: Recipe) -> int:
     stages = read_manifest(run.folder.root)["stages"]
     cores = len(usable_cores())
     share_s = cores * float(stages["search"] + stages["derive"]) / len(run.tiers)
-    own = run.done(run.tier_path(tier, "train.json"), "retrain")
+    own = record_of(run, tier, "retrain")
     training_s = float(own["seconds"]) * recipe.epochs / int(own["epochs"])
     return max(1, round(share_s / training_s))
 

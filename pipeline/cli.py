@@ -222,10 +222,9 @@ def _stage(name: str, help_text: str, per_tier: bool, trains: bool = False) -> N
 
     def work(out: Path, *tier: str | None, engine: _Engine = _HERE) -> None:
         with _friendly(), _opened(out, None, "command line", engine) as opened:
-            from pipeline import flow
+            from pipeline.flow import STAGES
 
-            stage: Callable[..., Any] = getattr(flow, f"{name}_stage")
-            stage(opened, *tier)
+            STAGES[name](opened, *tier)
 
     def for_training(
         out: RunFolderOption,
@@ -262,7 +261,7 @@ def _run_all(opened: Run) -> Json | None:
 
 
 def _profile(opened: Run) -> Json | None:
-    from pipeline.flow import profile_stage
+    from pipeline.stages.profile import profile_stage
 
     profile_stage(opened)
     return None
@@ -504,8 +503,8 @@ def kit_make(
 def _calibration_kit(config: Path | None, flags: Json, settings: list[str], out: Path) -> bool:
     from pipeline.artifacts import RunFolder
     from pipeline.config import parse
-    from pipeline.flow import calibration_kit
     from pipeline.run import Run
+    from pipeline.stages.profile import calibration_kit
     from pipeline.ui import progress_for
 
     wanted, where = _wanted(config, flags, settings)

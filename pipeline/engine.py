@@ -3,7 +3,7 @@ the machines of a cluster (`pipeline.engine_ray`).
 
 Training one network on several threads spends much of its time at barriers: two trainings of one thread
 each finish sooner than one after the other on two threads, and a neighbour disturbs them less. A job is a
-JSON record whose `do` names an entry of a module's JOBS, such as `pipeline.flow.JOBS`; a worker
+JSON record whose `do` names an entry of a module's JOBS, such as `pipeline.stages.derive.JOBS`; a worker
 (`python -m pipeline.engine_worker`) opens the run folder, does one job after the other, and answers with JSON
 lines. Every job keeps its own checkpoint and writes its own record, so what a killed run had finished, or
 begun, is not done again.

@@ -105,15 +105,19 @@ class Run:
     def costs_path(self, device: str) -> Path:
         return self.folder.path("costs", f"{device}.json")
 
+    def costs_record(self, device: str) -> Json:
+        """What the profile stage left of a device. Raises RunFolderError where it has not run."""
+        return self.done(self.costs_path(device), "profile")
+
     @cached_property
     def costs(self) -> dict[str, SpaceCosts]:
-        records = {p.name: self.done(self.costs_path(p.name), "profile") for p in self.config.profiles}
+        records = {profile.name: self.costs_record(profile.name) for profile in self.config.profiles}
         return {name: SpaceCosts.from_json(record["table"], self.space) for name, record in records.items()}
 
     @cached_property
     def tiers(self) -> tuple[Tier, ...]:
         """All devices' tiers with absolute limits, in the order of the profiles."""
-        records = [self.done(self.costs_path(profile.name), "profile") for profile in self.config.profiles]
+        records = [self.costs_record(profile.name) for profile in self.config.profiles]
         return tuple(Tier.from_json(tier) for record in records for tier in record["tiers"])
 
     def profile(self, device: str) -> DeviceProfile:

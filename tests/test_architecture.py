@@ -15,15 +15,23 @@ from typing import NamedTuple
 
 import pytest
 
+from pipeline.flow import STAGES
+
 PACKAGE = Path(__file__).parents[1] / "pipeline"
 
 ORDER = (
     "types errors settings progress artifacts ranks units algorithms devices data spaces deploy costs "
-    "evaluators search derive train report config engine run engine_worker engine_ray flow ui cli launch"
+    "evaluators search derive train report config engine run engine_worker engine_ray stages flow ui cli "
+    "launch"
 ).split()
 """From the ground up: a room imports only itself and what stands before it."""
 
-HELD_OUT_READERS = {"pipeline/train/assess.py", "pipeline/flow.py"}
+HELD_OUT_READERS = {"pipeline/train/assess.py", "pipeline/stages/export.py"}
+TEST_ASSESSMENTS = (
+    "pipeline.train.assess.assess pipeline.train.assess.withstand pipeline.stages.export.accuracy_on_test"
+).split()
+"""What answers how well a network does on the test split."""
+
 HEAVY = tuple("torch torchvision matplotlib sklearn onnx onnxruntime scipy PIL fvcore ray".split())
 LIGHT = (
     "pipeline.ranks pipeline.algorithms pipeline.devices pipeline.devices.profile pipeline.data "
@@ -94,11 +102,27 @@ def test_rooms_import_only_what_stands_before_them() -> None:
 def test_only_the_final_assessment_reads_the_test_split() -> None:
     readers = {found.file for found in imports() if found.module.startswith("pipeline.data.held_out")}
     assert readers == HELD_OUT_READERS
+    askers = {found.file for found in imports() if found.module in TEST_ASSESSMENTS}
+    assert askers == {"pipeline/stages/export.py"}
+    homes = {function.rpartition(".")[0] for function in TEST_ASSESSMENTS}
+    assert not {found.file for found in imports() if found.module in homes}, "imports all that is in there"
 
 
-def test_only_the_flow_is_handed_a_whole_configuration() -> None:
+def test_only_a_run_is_handed_a_whole_configuration() -> None:
     takers = {found.file for found in imports() if found.imported == "config"}
-    assert takers <= {"pipeline/run.py", "pipeline/flow.py", "pipeline/cli.py"}
+    assert takers == {"pipeline/run.py", "pipeline/cli.py"}
+
+
+def test_every_stage_has_a_module_and_imports_no_other_stage() -> None:
+    """One reads what another made from the run's folder alone; what they share imports none of them."""
+    stages = {f"pipeline.stages.{name}" for name in STAGES}
+    assert {stage.__module__ for stage in STAGES.values()} == stages
+    wrong = [
+        f"{found.file}:{found.line} imports {found.module}"
+        for found in imports()
+        if found.importer == "stages" and any(f"{found.module}.".startswith(f"{stage}.") for stage in stages)
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("module", LIGHT)

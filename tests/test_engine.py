@@ -15,11 +15,11 @@ from typing import TypeVar
 import pytest
 from tiny_run import TINY, Cli
 
-from pipeline import flow
 from pipeline.artifacts import sha256_file, write_yaml
 from pipeline.config import parse
 from pipeline.engine import InProcess, Processes, Share, share_cores
 from pipeline.errors import BudgetlineError, DivergedTraining, StorageError, WorkerLost
+from pipeline.stages import jobs as stage_jobs
 from pipeline.types import Json
 
 TESTS = Path(__file__).parent
@@ -128,7 +128,7 @@ def test_side_by_side_makes_the_same_bits(
     cli: Cli, finished: Path, copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two processes of one thread against one process of one thread, trials and trainings."""
-    monkeypatch.setattr(flow, "usable_cores", lambda: (0, 1))
+    monkeypatch.setattr(stage_jobs, "usable_cores", lambda: (0, 1))
     before = {path.name: path.read_bytes() for path in (finished / "search" / "trials").iterdir()}
     for path in (*copied.glob("search/trials/*"), *copied.glob("*/*/arch.json")):
         path.unlink()

@@ -19,7 +19,7 @@ import torch
 from test_engine import Watched
 from tiny_run import DEVICE, TIERS, TINY, Cli
 
-from pipeline import engine_ray, flow
+from pipeline import engine_ray
 from pipeline.artifacts import read_json, write_yaml
 from pipeline.config import parse
 from pipeline.devices.environment import probe_model, timing_environment
@@ -37,6 +37,9 @@ from pipeline.errors import (
 )
 from pipeline.progress import Silent
 from pipeline.run import open_run
+from pipeline.stages.derive import derive_stage
+from pipeline.stages.export import export_stage
+from pipeline.stages.retrain import retrain_stage
 from pipeline.types import Json
 
 TESTS = Path(__file__).parent
@@ -266,7 +269,7 @@ class TestOnACluster:
         alone = open_run(local, None, "test", Silent())
         alone.workers = 1  # in this process, on one thread as on the nodes
         with one_thread():
-            for stage in (flow.derive_stage, flow.retrain_stage, flow.export_stage):
+            for stage in (derive_stage, retrain_stage, export_stage):
                 stage(run)
                 stage(alone)
         assert f"{lost[0]} on node desk" in progress.said
@@ -430,8 +433,8 @@ def test_jobs_tell_all_that_they_read(copied: Path, in_process: Make, recipe: Js
         run.workers = 1
         run.cluster = None if ray is None else RayCluster(ray, RaySettings(), Silent())
         with one_thread():
-            flow.retrain_stage(run)
-            flow.export_stage(run)
+            retrain_stage(run)
+            export_stage(run)
         made.append(made_by(copied))
     assert made[0] == made[1]
 

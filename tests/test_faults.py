@@ -20,6 +20,7 @@ from tiny_run import DEVICE, TIERS, TINY, Cli, Outcome
 from pipeline import artifacts, flow
 from pipeline.artifacts import RunFolder, sha256_file
 from pipeline.run import TraceFile
+from pipeline.stages import search
 
 
 def refused(outcome: Outcome, kind: str, *needles: str) -> str:
@@ -363,7 +364,7 @@ def test_a_full_disk_under_the_trace(cli: Cli, copied: Path, monkeypatch: pytest
             self.path = Path("/dev/full")
 
     (copied / "search" / "result.json").unlink()
-    monkeypatch.setattr(flow, "TraceFile", Full)
+    monkeypatch.setattr(search, "TraceFile", Full)
     refused(cli("search", "--out", copied), "StorageError", "No space left on device", "same command again")
     monkeypatch.undo()
     assert cli("search", "--out", copied).code == 0
@@ -373,7 +374,7 @@ def test_stopping_is_no_fault(cli: Cli, copied: Path, monkeypatch: pytest.Monkey
     def stop(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(flow, "retrain_stage", stop)
+    monkeypatch.setitem(flow.STAGES, "retrain", stop)
     outcome = cli("retrain", "--out", copied)
     assert outcome.code == 130 and "the same command goes on from here" in outcome.err
 

@@ -17,7 +17,6 @@ import yaml
 from board import carried_out, manifest_in
 from tiny_run import TINY, Cli
 
-from pipeline import flow
 from pipeline import run as run_module
 from pipeline.artifacts import sha256_file
 from pipeline.costs.memory import footprint
@@ -26,6 +25,7 @@ from pipeline.devices.kit import pack_family
 from pipeline.devices.session import RuntimeSettings, open_session
 from pipeline.errors import MeasurementError
 from pipeline.report.manifest import answer_file, read_manifest
+from pipeline.stages import lower_precision
 from pipeline.types import Json, LatencyRecord
 
 FLOAT, INT8 = "cpu/m/model.batch1.onnx", "cpu/m/model.int8.batch1.onnx"
@@ -212,7 +212,7 @@ def test_where_int8_loses_too_much_the_float_file_is_the_answer(
     def accuracy(run: object, file: Path, runtime: object) -> float:
         return 0.9 if file.name == "model.onnx" else 0.6
 
-    monkeypatch.setattr(flow, "_architecture_accuracy", accuracy)
+    monkeypatch.setattr(lower_precision, "_architecture_accuracy", accuracy)
     for name in ("export.json", "measure.json"):
         (root / "cpu" / "m" / name).unlink()
     assert cli("run", "--out", root).code == 0

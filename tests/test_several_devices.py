@@ -9,10 +9,10 @@ import pytest
 import yaml
 from tiny_run import TINY, Cli
 
-from pipeline import flow
 from pipeline.artifacts import sha256_file
 from pipeline.report.manifest import read_manifest
 from pipeline.run import Run
+from pipeline.stages import retrain
 from pipeline.types import Json
 
 PROFILES = [
@@ -56,13 +56,13 @@ def test_a_network_that_tiers_share_is_trained_once(
     cli: Cli, described: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, trained = tmp_path / "devices", []
-    retrain_one = flow.retrain_one
+    retrain_one = retrain.retrain_one
 
     def watched(run: Run, job: Json) -> Json:
         trained.append(job["tier"])
         return retrain_one(run, job)
 
-    monkeypatch.setitem(flow.JOBS, "retrain", watched)
+    monkeypatch.setitem(retrain.JOBS, "retrain", watched)
     for words in (["profile", described], ["search"], ["derive"]):
         assert cli(*words, "--out", root).code == 0
     shared = (root / "board" / "l" / "arch.json").read_bytes()

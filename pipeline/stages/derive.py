@@ -1,0 +1,178 @@
+"""One architecture per tier, timed on the device and tried briefly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.artifacts import FileCheckpoint, sha256_json
+from pipeline.costs.budgets import usage_of_budgets
+from pipeline.costs.table import CautiousCosts
+from pipeline.derive import Deriver, Usage
+from pipeline.engine import Engine
+from pipeline.run import Run
+from pipeline.stages.jobs import Jobs, engine_for
+from pipeline.stages.networks import fresh_network, hash_of_recipe, searched_evaluator
+from pipeline.stages.records import (
+    chosen_tiers,
+    find_record,
+    hash_of_record,
+    search_path,
+    search_record,
+    write_record,
+)
+from pipeline.train.recipe import Recipe
+from pipeline.types import Arch, Evaluator, Json, Tier
+
+
+def derive_stage(run: Run, only: str | None = None) -> None:
+    inputs = _inputs(run)
+    waiting = [t for t in chosen_tiers(run, only) if find_record(run, t, "derive", inputs) is None]
+    if not waiting:
+        return
+    evaluator = searched_evaluator(run)
+    pool = _candidate_pool(run)
+    with engine_for(run, __name__, JOBS, _read_by_trial) as engine:
+        for tier in waiting:
+            rng = np.random.default_rng([run.config.seed, 102, run.tiers.index(tier)])
+            deriver = _deriver(run, tier, evaluator, engine)
+            with run.timed() as seconds:
+                arch, timed, trials = deriver.derive(pool, _usage_of(run, tier), rng)
+            record = {
+                "arch": arch.to_json(),
+                "key": arch.key,
+                "description": run.space.describe(arch),
+                "predicted": _predicted(run, tier, arch),
+                "timed": None if timed is None else asdict(timed),
+                "trials": [trial.to_json() for trial in trials],
+                "seconds": seconds(),
+            }
+            write_record(run, tier, "derive", record, inputs)
+
+
+def _inputs(run: Run) -> dict[str, str]:
+    return {
+        "search": hash_of_record(run, search_path(run), "search"),
+        "derive": sha256_json(run.config.derive.model_dump()),
+    }
+
+
+def _deriver(run: Run, tier: Tier, evaluator: Evaluator, engine: Engine) -> Deriver:
+    def refit(archs: Sequence[Arch], measured_ms: Sequence[float]) -> Usage:
+        model = run.costs[tier.device].latency
+        assert model is not None
+        better = run.costs[tier.device].with_latency(model.with_measurements(run.space, archs, measured_ms))
+        return partial(usage_of_budgets, better, tier)
+
+    def try_accuracies(archs: Sequence[Arch]) -> list[float]:
+        jobs = [{"do": "trial", "tier": tier.key, "arch": arch.to_json()} for arch in archs]
+        steps = _trial_recipe(run).steps(len(run.task.splits["weights"]))
+        return [answer["accuracy"] for answer in engine.map(f"trials for {tier.key}", jobs, steps)]
+
+    return Deriver(
+        tier=tier,
+        settings=run.config.derive,
+        evaluator=evaluator,
+        uniform=frozenset(run.space.uniform()),
+        device=run.bench(run.profile(tier.device)) if _can_be_timed(run, tier) else None,
+        counted=_counted_usage(run, tier),
+        refit=refit,
+        try_accuracies=try_accuracies if run.config.derive.trial_epochs > 0 else None,
+        say=run.progress.say,
+    )
+
+
+def _can_be_timed(run: Run, tier: Tier) -> bool:
+    return "latency_ms" in tier.budgets and not run.profile(tier.device).elsewhere
+
+
+def _usage_of(run: Run, tier: Tier) -> Usage:
+    """What cannot be timed now, since its device is elsewhere, is predicted with a margin: only the files
+    that ship make that journey."""
+    costs, profile = run.costs[tier.device], run.profile(tier.device)
+    if "latency_ms" in tier.budgets and profile.elsewhere:
+        return partial(usage_of_budgets, CautiousCosts(costs, run.bench(profile).kept_ms()), tier)
+    return partial(usage_of_budgets, costs, tier)
+
+
+def _counted_usage(run: Run, tier: Tier) -> Usage:
+    """Share of the budgets that are counted rather than timed."""
+    limits = tuple(limit for limit in tier.limits if limit.metric != "latency_ms")
+    if not limits:
+        return lambda archs: np.zeros(len(archs))
+    return partial(usage_of_budgets, run.costs[tier.device], replace(tier, limits=limits))
+
+
+def _candidate_pool(run: Run) -> list[Arch]:
+    """What the search has seen, what its distributions would draw, and the uniform members."""
+    record = search_record(run)
+    name, settings = run.space.name, run.config.derive
+    pool = [Arch(name, tuple(choices)) for choices, _, _ in record["candidates"]]
+    rng = np.random.default_rng([run.config.seed, 101])
+    for theta_SC in record["theta"] or []:
+        columns = [
+            rng.choice(len(slot.choices), size=settings.samples, p=_simplex(theta_C[: len(slot.choices)]))
+            for slot, theta_C in zip(run.space.slots, theta_SC, strict=True)
+        ]
+        pool += [Arch(name, tuple(row)) for row in np.stack(columns, axis=1).tolist()]
+    pool += run.space.uniform()
+    return list(dict.fromkeys(run.space.canonical(arch) for arch in pool))
+
+
+def _simplex(weights: Sequence[float]) -> Any:
+    share = np.asarray(weights, dtype=float)
+    return share / share.sum()
+
+
+def _predicted(run: Run, tier: Tier, arch: Arch) -> Json:
+    table = run.costs[tier.device]
+    return dict(zip(table.metrics, table.of([arch])[0].tolist(), strict=True))
+
+
+def try_one(run: Run, job: Json) -> Json:
+    """Accuracy on the architecture split after a brief training; kept on disk, so that it is paid for
+    once."""
+    from pipeline.train.retrain import retrain
+
+    arch, recipe = Arch.from_json(job["arch"]), _trial_recipe(run)
+    path = _trial_path(run, arch)
+    inputs = {**run.input_hashes, "recipe": hash_of_recipe(run, recipe)}
+    record = run.folder.read_record(path, inputs)
+    if record is None:
+        checkpoint = FileCheckpoint(path.with_suffix(".npz"))
+        trained = retrain(
+            fresh_network(run, arch),
+            run.task,
+            recipe,
+            seed=run.config.seed,
+            checkpoint=checkpoint,
+            progress=run.progress,
+            label=f"trial for {job['tier']}",
+            device=run.config.device,
+        )
+        record = {"arch": arch.to_json(), "accuracy": trained.accuracy / 100, "seconds": trained.seconds}
+        run.folder.write_record(path, record, inputs)
+        checkpoint.remove()
+    return {"accuracy": float(record["accuracy"])}
+
+
+JOBS: Jobs = {"trial": try_one}
+
+
+def _read_by_trial(run: Run, job: Json) -> list[Path]:
+    trial = _trial_path(run, Arch.from_json(job["arch"]))
+    return [trial, trial.with_suffix(".npz")]
+
+
+def _trial_path(run: Run, arch: Arch) -> Path:
+    return run.folder.path("search", "trials", f"{arch.key}.json")
+
+
+def _trial_recipe(run: Run) -> Recipe:
+    changes = {"epochs": run.config.derive.trial_epochs, "start": "scratch", "distil": None}
+    return run.config.retrain.model_copy(update=changes)

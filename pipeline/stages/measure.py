@@ -1,0 +1,156 @@
+"""Latency of the files that ship, on the device; a tier over its budget is refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from pipeline.costs.bench import SHIPPED_PROCESSES
+from pipeline.devices.kit import Waiting
+from pipeline.devices.profile import DeviceProfile
+from pipeline.errors import BudgetMissed
+from pipeline.run import Run
+from pipeline.stages.networks import fresh_network
+from pipeline.stages.records import (
+    arch_of,
+    chosen_tiers,
+    find_record,
+    onnx_path,
+    record_of,
+    record_path,
+    timed_role,
+    write_record,
+)
+from pipeline.types import Json, LatencyRecord, Tier
+from pipeline.units import format_value
+
+Latencies = dict[str, LatencyRecord | None]
+"""Of a tier's files, by their precision; None where there is no device."""
+
+
+def measure_stage(run: Run, only: str | None = None) -> None:
+    """Time the files that ship. A tier over its budget is refused."""
+    elsewhere = Waiting()
+    for profile in run.config.profiles:
+        with elsewhere:
+            _measure_device(run, profile, only)
+    elsewhere.stop()
+
+
+def _measure_device(run: Run, profile: DeviceProfile, only: str | None) -> None:
+    waiting = []
+    for tier in (tier for tier in chosen_tiers(run, only) if tier.device == profile.name):
+        inputs = _inputs(run, tier)
+        if find_record(run, tier, "measure", inputs) is None:
+            waiting.append((tier, inputs))
+    if not waiting:
+        return
+    with run.timed() as seconds:
+        timed = _time_shipped(run, profile, [tier for tier, _ in waiting])
+    for (tier, inputs), latencies in zip(waiting, timed, strict=True):
+        record = _answered(run, tier, latencies)
+        _refuse_over_budget(run, tier, record["measured"])
+        seconds_each = round(seconds() / len(waiting), 3)
+        write_record(run, tier, "measure", {**record, "seconds": seconds_each}, inputs)
+
+
+def _inputs(run: Run, tier: Tier) -> dict[str, str]:
+    export = record_of(run, tier, "export")
+    inputs = {role: file["export"]["sha256"] for role, file in export["files"].items()}
+    if lower := export.get("lower"):
+        inputs |= {
+            f"{role} in {lower['precision']}": file["export"]["sha256"]
+            for role, file in lower["files"].items()
+        }
+    return inputs
+
+
+def _time_shipped(run: Run, profile: DeviceProfile, tiers: Sequence[Tier]) -> list[Latencies]:
+    """Of every tier's file, and the one of lower precision beside it. One that comes out over its budget is
+    timed once more on its own: what disturbs a machine makes networks slower, never faster."""
+    if not profile.measures_latency:
+        return [{"fp32": None}] * len(tiers)
+    bench = run.bench(profile)
+    asked = [(tier, precision) for tier in tiers for precision in dict.fromkeys(("fp32", profile.precision))]
+    files = [_timed_file(run, tier, precision) for tier, precision in asked]
+    records = bench.time_files(files, SHIPPED_PROCESSES)
+    timed: dict[str, Latencies] = {tier.key: {} for tier in tiers}
+    for (tier, precision), file, record in zip(asked, files, records, strict=True):
+        if profile.elsewhere and precision == profile.timed_precision:
+            bench.keep(arch_of(run, tier), record)
+        elif not profile.elsewhere and record.latency_ms > tier.budgets.get("latency_ms", math.inf):
+            again = bench.time_files([file], SHIPPED_PROCESSES)[0]
+            record = min(record, again, key=lambda r: r.latency_ms)
+        timed[tier.key][precision] = replace(record, context={**record.context, "precision": precision})
+    return list(timed.values())
+
+
+def _answered(run: Run, tier: Tier, latencies: Latencies) -> Json:
+    """What the tier's answer was measured to cost and, where there is a file of lower precision, what that
+    one costs, which of them is the answer, and why."""
+    from pipeline.deploy import choose
+
+    measured = {
+        precision: _measured(run, tier, precision, latency) for precision, latency in latencies.items()
+    }
+    timed = {
+        precision: None if latency is None else asdict(latency) for precision, latency in latencies.items()
+    }
+    plain = {"measured": measured["fp32"], "latency": timed["fp32"]}
+    lower = record_of(run, tier, "export").get("lower")
+    if lower is None:
+        return plain
+    precision = lower["precision"]
+    answer = choose(
+        measured["fp32"], measured[precision], tier.budgets, precision=precision, refusal=lower["refusal"]
+    )
+    used = precision if answer.lower else "fp32"
+    return {
+        **plain,
+        "measured": measured[used],
+        "precision": used,
+        "reason": answer.reason,
+        "lower": {"measured": measured[precision], "latency": timed[precision]},
+    }
+
+
+def _refuse_over_budget(run: Run, tier: Tier, measured: Mapping[str, float]) -> None:
+    for metric, limit in tier.budgets.items():
+        if measured[metric] > limit:
+            advice = (
+                "if the machine was busy run the same command again, else remove "
+                f"{record_path(run, tier, 'derive')} and raise derive.guard"
+            )
+            if run.profile(tier.device).elsewhere:
+                advice = (
+                    "if the device was busy run its kit once more and import that; else remove the folder "
+                    f"{run.tier_path(tier)}: then the same command chooses another network, since what this "
+                    "one takes is known now"
+                )
+            raise BudgetMissed(
+                f"tier {tier.key}: {metric} is {format_value(metric, measured[metric])}, budget "
+                f"{format_value(metric, limit)}, so the tier is not shipped; {advice}"
+            )
+
+
+def _timed_file(run: Run, tier: Tier, precision: str) -> Path:
+    return onnx_path(run, tier, timed_role(run.profile(tier.device)), precision)
+
+
+def _measured(run: Run, tier: Tier, precision: str, latency: LatencyRecord | None) -> dict[str, float]:
+    """Counts are taken from the trained module: parameters as they are, FLOPs by fvcore; bytes from the file
+    that is timed."""
+    from pipeline.costs.counts import module_flops, module_params
+    from pipeline.costs.memory import footprint
+
+    network = fresh_network(run, arch_of(run, tier))
+    takes = footprint(_timed_file(run, tier, precision), run.profile(tier.device).batch)
+    measured = {
+        "params": module_params(network),
+        "flops": module_flops(network, run.space.image_shape),
+        "weight_bytes": takes.weight_bytes,
+        "memory_bytes": takes.memory_bytes,
+    }
+    return dict(measured) if latency is None else {"latency_ms": latency.latency_ms, **measured}

@@ -1,0 +1,85 @@
+"""Networks and the evaluator, as several stages need them: new, or as an earlier stage left them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pipeline.artifacts import read_arrays, sha256_file, sha256_json
+from pipeline.errors import CorruptArtifact, RunFolderError
+from pipeline.evaluators import EVALUATORS
+from pipeline.run import Run
+from pipeline.search import METHODS
+from pipeline.search.base import RELAXED
+from pipeline.stages.records import (
+    arch_of,
+    evaluator_path,
+    record_of,
+    record_path,
+    search_path,
+    weights_path,
+)
+from pipeline.train.recipe import Recipe
+from pipeline.types import Arch, Evaluator, Tier
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def fresh_network(run: Run, arch: Arch) -> nn.Module:
+    """With weights that are drawn from the run's seed."""
+    from pipeline.train.retrain import seeded
+
+    with seeded(run.config.seed):
+        return run.space.build(arch)
+
+
+def trained_network(run: Run, tier: Tier) -> nn.Module:
+    """As retraining left it. Raises CorruptArtifact where its weights are not those."""
+    from safetensors.torch import load_file
+
+    path, record = weights_path(run, tier), record_path(run, tier, "retrain")
+    if not path.exists() or sha256_file(path) != record_of(run, tier, "retrain")["sha256"]:
+        raise CorruptArtifact(f"{path}: is not the file that was trained; remove {record} to train it again")
+    network = fresh_network(run, arch_of(run, tier))
+    network.load_state_dict(load_file(path))
+    return network.eval()
+
+
+def hash_of_recipe(run: Run, recipe: Recipe) -> str:
+    """Of what decides a training beside the network and the images."""
+    return sha256_json([recipe.model_dump(mode="json"), run.config.seed])
+
+
+def fresh_evaluator(run: Run) -> Evaluator:
+    plug_in = run.config.evaluator
+    make = EVALUATORS[plug_in.name]().make
+    return make(
+        run.space,
+        run.task,
+        plug_in.settings,
+        total_steps=_training_steps(run),
+        seed=run.config.seed,
+        device=run.config.device,
+    )
+
+
+def _training_steps(run: Run) -> int:
+    """How often the same weights are trained in a search."""
+    search = run.config.search
+    if RELAXED in METHODS[run.config.method.name].needs:  # every tier goes on from the warm-up
+        return search.warm_up + search.evaluations // len(run.tiers)
+    return search.warm_up + (search.evaluations // (2 * len(run.tiers)) if search.train_in_search else 0)
+
+
+def searched_evaluator(run: Run) -> Evaluator:
+    """The evaluator as the search left it. Raises CorruptArtifact where its state is lost."""
+    path = evaluator_path(run)
+    try:
+        state = read_arrays(path)
+    except RunFolderError:
+        raise CorruptArtifact(
+            f"{path}: what the search learnt is lost; remove {search_path(run)} to search again"
+        ) from None
+    evaluator = fresh_evaluator(run)
+    evaluator.load_state(state)
+    return evaluator

@@ -1,0 +1,112 @@
+"""The space's costs on each device, and the tiers' budgets as absolute numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.artifacts import replacing, sha256_file, sha256_json
+from pipeline.costs.budgets import resolve_tiers
+from pipeline.costs.table import SpaceCosts, build_cost_table, export_for_timing
+from pipeline.devices.environment import probe_model
+from pipeline.devices.kit import Waiting
+from pipeline.devices.profile import DeviceProfile
+from pipeline.devices.session import NVIDIA, open_session
+from pipeline.errors import AwaitingDevice, ConfigError
+from pipeline.evaluators import EVALUATORS
+from pipeline.run import Run
+from pipeline.search.base import RELAXED
+from pipeline.types import Json
+
+
+def profile_stage(run: Run) -> None:
+    _refuse_unfit_space(run)
+    waiting = Waiting()
+    for profile in run.config.profiles:
+        with waiting:
+            _profile_device(run, profile)
+    waiting.stop()
+
+
+def _profile_device(run: Run, profile: DeviceProfile) -> None:
+    path = run.costs_path(profile.name)
+    inputs = {"space": run.input_hashes["space"], "profile": sha256_json(profile.model_dump(mode="json"))}
+    if run.folder.read_record(path, inputs) is not None:
+        return
+    if run.cluster is None:  # a cluster's device is asked by the first measurement
+        _refuse_missing_provider(profile)
+    with run.timed() as seconds:
+        table, how = cost_table(run, profile)
+        tiers = resolve_tiers(profile.tiers_of(), run.space, table)
+        reference = _write_reference(run, profile, table)
+    record = {
+        "table": table.to_json(),
+        "how": {key: value for key, value in how.items() if key not in ("space", "metrics", "latency")},
+        "reference": reference,
+        "tiers": [tier.to_json() for tier in tiers],
+    }
+    run.folder.write_record(path, {**record, "seconds": seconds()}, inputs)
+
+
+def cost_table(run: Run, profile: DeviceProfile, kit: Path | None = None) -> tuple[SpaceCosts, Json]:
+    """The space's costs on one device, and how they came to be. Raises AwaitingDevice where the device is
+    elsewhere and was not asked yet; what to ask it is then in `kit`, by default in the run's folder."""
+    return build_cost_table(
+        run.space,
+        profile,
+        cache_dir=run.cache / "costs",
+        measure=run.stopwatch(profile, kit),
+        environment=run.environment(profile),
+        seed=run.config.seed,
+        networks=run.config.search.calibration,
+        progress=run.progress,
+    )
+
+
+def calibration_kit(run: Run, out: Path) -> bool:
+    """Write to `out` the kit that a run as described would wait for first; False where it would not wait."""
+    devices = [profile for profile in run.config.profiles if profile.elsewhere]
+    if len(devices) != 1:
+        raise ConfigError(
+            f"a kit is for one device, and {len(devices)} of the profiles say 'measured: elsewhere'; name one"
+        )
+    try:
+        cost_table(run, devices[0], kit=out)
+    except AwaitingDevice:
+        return True
+    return False
+
+
+def _refuse_unfit_space(run: Run) -> None:
+    """Before anything is measured or trained for a search that could not start. Raises ConfigError."""
+    if RELAXED in EVALUATORS[run.config.evaluator.name]().offers:
+        from pipeline.evaluators.relaxed import relaxed_space
+
+        relaxed_space(run.space)
+
+
+def _refuse_missing_provider(profile: DeviceProfile) -> None:
+    """Before a minute goes into writing networks that nothing here can run. Raises ProviderError."""
+    if not profile.measures_latency or profile.elsewhere:
+        return
+    from pipeline.deploy import probe
+
+    files = [probe_model()]
+    if profile.precision != "fp32":
+        files.append(probe(profile.precision, symmetric=profile.provider in NVIDIA))
+    for file in files:
+        open_session(file, provider=profile.provider, provider_options=profile.provider_options, threads=1)
+
+
+def _write_reference(run: Run, profile: DeviceProfile, table: SpaceCosts) -> Json | None:
+    """The network that everything on this device is timed against, for later measurements and for
+    `verify`."""
+    if table.latency is None:
+        return None
+    path = run.folder.path("costs", f"{profile.name}.reference.onnx")
+    with replacing(path) as draft:
+        export_for_timing(run.space, table.latency.reference, draft, profile, seed=0)
+    return {
+        "path": path.relative_to(run.folder.root).as_posix(),
+        "sha256": sha256_file(path),
+        "nominal_ms": table.latency.reference_ms,
+    }

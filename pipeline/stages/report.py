@@ -1,0 +1,68 @@
+"""The manifest and the report, from the records of all stages."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from pipeline.artifacts import write_bytes
+from pipeline.derive import Trial
+from pipeline.devices.environment import describe_environment, package_versions
+from pipeline.report import assemble
+from pipeline.report.html import render_report
+from pipeline.report.manifest import build_manifest, write_manifest
+from pipeline.run import Run, read_trace
+from pipeline.stages.records import TIER_RECORDS, record_of, search_record, timed_role, trace_path
+from pipeline.types import Json, Tier
+
+
+def report_stage(run: Run) -> Json:
+    """The manifest and the report, always made anew from the records."""
+    folder, config = run.folder, run.config
+    environment = describe_environment()
+    manifest = build_manifest(
+        run=folder.root.resolve().name,
+        created=datetime.now(UTC),
+        search=assemble.search_entry(
+            search_record(run),
+            settings={
+                "method": config.method.to_json(),
+                "evaluator": config.evaluator.to_json(),
+                **config.search.model_dump(mode="json"),
+            },
+            ranking=assemble.ranking_entry(_trials(run), config.derive),
+        ),
+        data=assemble.data_entry(run.task),
+        space={"name": run.space.name, "settings": run.space.fingerprint()},
+        profiles={p.name: p.model_dump(mode="json") for p in config.profiles},
+        costs={p.name: assemble.costs_entry(run.costs_record(p.name)) for p in config.profiles},
+        stages=_seconds_per_stage(run),
+        versions=package_versions(),
+        environment=environment,
+        tiers=[_tier_entry(run, tier) for tier in run.tiers],
+    )
+    write_manifest(folder.root, manifest)
+    trace = read_trace(trace_path(run))
+    write_bytes(folder.path("report.html"), render_report(manifest, trace).encode())
+    return manifest
+
+
+def _tier_entry(run: Run, tier: Tier) -> Json:
+    records = {stage: record_of(run, tier, stage) for stage in TIER_RECORDS}
+    timed = timed_role(run.profile(tier.device))
+    return assemble.tier_entry(run.folder.root, tier, run.tier_path(tier, "."), records, timed)
+
+
+def _trials(run: Run) -> list[tuple[Tier, list[Trial]]]:
+    records = [(tier, record_of(run, tier, "derive")) for tier in run.tiers]
+    return [(tier, [Trial.from_json(trial) for trial in record["trials"]]) for tier, record in records]
+
+
+def _seconds_per_stage(run: Run) -> dict[str, float]:
+    """Working time, interruptions left out; trainings that ran side by side count each."""
+    seconds = {
+        "profile": sum(run.costs_record(p.name)["seconds"] for p in run.config.profiles),
+        "search": search_record(run)["seconds"],
+    }
+    for stage in TIER_RECORDS:
+        seconds[stage] = sum(record_of(run, tier, stage)["seconds"] for tier in run.tiers)
+    return {stage: round(value, 3) for stage, value in seconds.items()}

@@ -1,0 +1,137 @@
+"""The tiers' networks, each trained from scratch; one that several tiers share, once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.artifacts import FileCheckpoint, sha256_file, write_bytes
+from pipeline.ranks import SharedCheckpoint
+from pipeline.run import Run
+from pipeline.stages.jobs import Jobs, engine_for
+from pipeline.stages.networks import fresh_network, hash_of_recipe, searched_evaluator, trained_network
+from pipeline.stages.records import (
+    arch_of,
+    chosen_tiers,
+    evaluator_path,
+    find_record,
+    record_of,
+    record_path,
+    weights_path,
+    write_record,
+)
+from pipeline.types import Arch, Json, Tier
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def retrain_stage(run: Run, only: str | None = None) -> None:
+    """Largest tier first, since it may be the others' teacher; a network that several tiers share, once."""
+    tiers = _largest_first(run, only)
+    waiting = [tier for tier in tiers if find_record(run, tier, "retrain", _inputs(run, tier)) is None]
+    teachers = waiting[:1] if run.config.retrain.distil is not None and waiting[:1] == tiers[:1] else []
+    steps = run.config.retrain.steps(len(run.task.splits["weights"])) if waiting else 0
+    with engine_for(run, __name__, JOBS, _read_by_retraining) as engine:
+        for group in (teachers, waiting[len(teachers) :]):
+            left = [tier for tier in group if not _adopt_twin(run, tier)]
+            of_each = {arch_of(run, tier): tier for tier in reversed(left)}
+            jobs = [{"do": "retrain", "tier": tier.key} for tier in left if tier in of_each.values()]
+            engine.map("retrain", jobs, steps)
+    for tier in waiting:
+        _adopt_twin(run, tier)
+
+
+def _adopt_twin(run: Run, tier: Tier) -> bool:
+    """Take the weights of a tier that has the same network, trained from the same; whether the tier is
+    trained then."""
+    inputs = _inputs(run, tier)
+    if find_record(run, tier, "retrain", inputs) is not None:
+        return True
+    for twin in run.tiers:
+        found, weights = find_record(run, twin, "retrain"), weights_path(run, twin)
+        if found is None or found["inputs"] != inputs or sha256_file(weights) != found["sha256"]:
+            continue
+        write_bytes(weights_path(run, tier), weights.read_bytes())
+        write_record(run, tier, "retrain", {**found, "seconds": 0.0}, inputs)
+        return True
+    return False
+
+
+def _inputs(run: Run, tier: Tier) -> dict[str, str]:
+    return {
+        **run.input_hashes,
+        "architecture": arch_of(run, tier).key,
+        "recipe": hash_of_recipe(run, run.config.retrain),
+    }
+
+
+def retrain_one(run: Run, job: Json) -> Json:
+    from safetensors.torch import save
+
+    from pipeline.train.retrain import retrain
+
+    tier = chosen_tiers(run, job["tier"])[0]
+    inputs, largest = _inputs(run, tier), _largest_first(run)[0]
+    checkpoint = FileCheckpoint(_checkpoint_path(run, tier))
+    network = _first_weights(run, arch_of(run, tier))
+    record = retrain(
+        network,
+        run.task,
+        run.config.retrain,
+        seed=run.config.seed,
+        checkpoint=SharedCheckpoint(checkpoint, run.ranks),
+        progress=run.progress,
+        label=f"retrain {tier.key}",
+        device=run.config.device,
+        ranks=run.ranks,
+        teacher=trained_network(run, largest) if run.config.retrain.distil and tier != largest else None,
+    )
+    weights = weights_path(run, tier)
+    tensors = {name: value.contiguous().cpu() for name, value in network.state_dict().items()}
+    write_bytes(weights, save(tensors))
+    write_record(run, tier, "retrain", {**record.to_json(), "sha256": sha256_file(weights)}, inputs)
+    checkpoint.remove()
+    return {}
+
+
+JOBS: Jobs = {"retrain": retrain_one}
+
+
+def _read_by_retraining(run: Run, job: Json) -> list[Path]:
+    tier, largest = chosen_tiers(run, job["tier"])[0], _largest_first(run)[0]
+    reads = [*(record_path(run, other, "derive") for other in run.tiers), _checkpoint_path(run, tier)]
+    if run.config.retrain.distil is not None and tier != largest:
+        reads += [record_path(run, largest, "retrain"), weights_path(run, largest)]
+    if run.config.retrain.start == "supernet":
+        reads.append(evaluator_path(run))
+    return reads
+
+
+def _checkpoint_path(run: Run, tier: Tier) -> Path:
+    return run.tier_path(tier, "training.npz")
+
+
+def _largest_first(run: Run, only: str | None = None) -> list[Tier]:
+    """By predicted multiply-adds; with distillation the largest is needed whatever was asked for."""
+    chosen = chosen_tiers(run, only)
+    by_size = sorted(run.tiers, key=lambda tier: -record_of(run, tier, "derive")["predicted"]["flops"])
+    keep_first = run.config.retrain.distil is not None
+    return [tier for index, tier in enumerate(by_size) if tier in chosen or (index == 0 and keep_first)]
+
+
+def _first_weights(run: Run, arch: Arch) -> nn.Module:
+    """Fresh weights, or, with `start: supernet`, the shared ones with batch norm settled on training
+    images."""
+    if run.config.retrain.start == "scratch":
+        return fresh_network(run, arch)
+    from pipeline.data.batches import Batches
+    from pipeline.evaluators.one_shot import OneShotEvaluator
+    from pipeline.train.ema import recalibrate
+
+    evaluator = searched_evaluator(run)
+    assert isinstance(evaluator, OneShotEvaluator)
+    network = evaluator.supernet.extract(arch)
+    stream = Batches(run.task, "weights", 256, seed=run.config.seed, augment=False, drop_last=False)
+    recalibrate(network, stream, batches=min(20, stream.steps_per_epoch))
+    return network

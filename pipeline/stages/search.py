@@ -1,0 +1,94 @@
+"""One search for all tiers of all devices."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+
+from pipeline.artifacts import FileCheckpoint, sha256_json, write_arrays
+from pipeline.evaluators.spread import over_ranks
+from pipeline.ranks import SharedCheckpoint
+from pipeline.run import Run, TraceFile
+from pipeline.search import METHODS
+from pipeline.search.base import SearchProblem
+from pipeline.stages.networks import fresh_evaluator
+from pipeline.stages.records import evaluator_path, hash_of_record, search_path, trace_path
+from pipeline.types import Arch
+
+
+def search_stage(run: Run) -> None:
+    path = search_path(run)
+    config, inputs = run.config, _inputs(run)
+    run.ranks.agree("search", inputs)
+    if run.folder.read_record(path, inputs) is not None:
+        return
+    problem = search_problem(run)
+    method = METHODS[config.method.name]
+    checkpoint = FileCheckpoint(run.folder.path("search", "state.npz"))
+    trace = TraceFile(trace_path(run), checkpoint)
+    result = method.run(
+        problem,
+        config.method.settings,
+        checkpoint=SharedCheckpoint(checkpoint, run.ranks),
+        trace=trace.write,
+        progress=run.progress,
+    )
+    write_arrays(evaluator_path(run), problem.evaluator.state())
+    run.folder.write_record(
+        path,
+        {
+            "method": result.method,
+            "seed": result.seed,
+            "evaluations": result.evaluations,
+            "seconds": round(result.seconds, 3),
+            "candidates": [[list(c.arch.choices), c.loss, c.evaluations] for c in result.candidates],
+            "theta": None if result.theta_KSC is None else np.round(result.theta_KSC, 6).tolist(),
+        },
+        inputs,
+    )
+    checkpoint.remove()
+
+
+def _inputs(run: Run) -> dict[str, str]:
+    config = run.config
+    devices = [profile.name for profile in config.profiles]
+    return {
+        **run.input_hashes,
+        **{f"costs of {name}": hash_of_record(run, run.costs_path(name), "profile") for name in devices},
+        "search settings": sha256_json(
+            [
+                config.method.to_json(),
+                config.evaluator.to_json(),
+                config.search.model_dump(mode="json"),
+                config.seed,
+            ]
+        ),
+    }
+
+
+def search_problem(run: Run) -> SearchProblem:
+    search, tiers = run.config.search, run.tiers
+    fit_samples = search.fit_samples or len(tiers)
+    evaluator = over_ranks(fresh_evaluator(run), run.ranks, partial(_macs, run))
+    if evaluator.trains and fit_samples < run.ranks.size:
+        run.progress.say(
+            f"search: a step trains {fit_samples} architectures, so {run.ranks.size - fit_samples} of "
+            f"{run.ranks.size} ranks wait; with search.fit_samples={run.ranks.size} they would not"
+        )
+    return SearchProblem(
+        space=run.space,
+        costs=run.costs,
+        tiers=tiers,
+        evaluator=evaluator,
+        evaluations=search.evaluations,
+        warm_up=search.warm_up,
+        fit_samples=fit_samples,
+        train_in_search=search.train_in_search,
+        seed=run.config.seed,
+        ranks=run.ranks,
+    )
+
+
+def _macs(run: Run, arch: Arch) -> float:
+    return sum(layer.macs for layer in run.space.layers(arch))
