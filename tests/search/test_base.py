@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.costs.table import SpaceCosts
 from pipeline.errors import ConfigError, DivergedTraining, InfeasibleBudget, StaleArtifact
 from pipeline.evaluators.tabular import TableSpace, TabularCosts, TabularEvaluator
 from pipeline.progress import NoCheckpoint, Silent
-from pipeline.search import METHODS
+from pipeline.search import METHODS, base
 from pipeline.search.base import BandSampler, SearchProblem
 from pipeline.search.random import Random
+from pipeline.spaces.nb201 import NB201Settings, NB201Space
 from pipeline.types import Arch, FitInfo, FloatArray, Limit, SearchResult, Slot, Tier
 
 SIZES = (3, 3, 3, 3)
@@ -81,6 +83,30 @@ def test_usage_is_looked_up_once_per_architecture(monkeypatch: pytest.MonkeyPatc
     asked.usage([first, first])
     np.testing.assert_allclose(asked.usage([first, second]), [[0.25, 0.125], [0.75, 0.375]])
     assert seen == [first, second]
+
+
+def test_what_is_forgotten_is_worked_out_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "MOST_KNOWN", 5)
+    asked, rng = problem(), np.random.default_rng(0)
+    for _ in range(20):
+        rows_NS = rng.integers(3, size=(7, 4))
+        expected = np.array(
+            [asked.costs["cpu"].of([Arch("toy", tuple(row))])[0, 0] for row in rows_NS.tolist()]
+        )
+        np.testing.assert_array_equal(asked.usage_of(rows_NS), expected[:, None] / [4.0, 8.0])
+        np.testing.assert_array_equal(asked.canonical(rows_NS), rows_NS)
+
+
+def test_rows_are_looked_up_in_their_canonical_form() -> None:
+    """In nb201 a dead edge costs nothing: it counts as `none`."""
+    space = NB201Space((3, 8, 8), 10, NB201Settings(cells=1, channels=4))
+    costs = SpaceCosts(space, None)
+    asked = SearchProblem(space, {"cpu": costs}, (tier("s", params=1e6),), TabularEvaluator(ROWS, -MS), 1)
+    rows_NS = np.array([[0, 3, 3, 1, 0, 0], [0, 0, 0, 1, 0, 0]])
+    np.testing.assert_array_equal(asked.canonical(rows_NS), rows_NS[[1, 1]])
+    bare = costs.of([space.smallest])[0, costs.metrics.index("params")]
+    np.testing.assert_allclose(asked.usage_of(rows_NS), bare / 1e6)
+    assert asked.usage_of(rows_NS[:0]).shape == (0, 1) and asked.usage([]).shape == (0, 1)
 
 
 def test_reference_costs_are_shares_of_the_dearest() -> None:
