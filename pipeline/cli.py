@@ -1,4 +1,5 @@
-"""The command line: parses, calls flow or the report room, prints. Errors that are the user's exit with 2."""
+"""The command line: parses, calls a stage, the flow or the report room, prints. Errors that are the user's
+exit with 2."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What a run was asked for: strict YAML and flags, resolved through the catalogues. Only a run's stages take
-a RunConfig.
+"""What a run was asked for: strict YAML and flags, resolved through the catalogues. Only `pipeline.run`
+takes a RunConfig; stages read it there.
 
 A plug-in is named by a word (`space: mbconv`) or by a mapping with its settings beside the name (`space:
 {name: mbconv, size: tiny}`). Everything that is left out has a default, and the resolved configuration that

@@ -16,20 +16,20 @@ from typing import Protocol
 
 import numpy as np
 from numpy.random import Generator
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.errors import BudgetMissed, InfeasibleBudget
 from pipeline.settings import Settings
-from pipeline.types import Arch, Evaluator, FloatArray, IntArray, Json, LatencyRecord, Tier
+from pipeline.types import Arch, BoolArray, Evaluator, FloatArray, IntArray, Json, LatencyRecord, Tier
 from pipeline.units import format_value
 
 
 class DeriveSettings(Settings):
-    """Finalists are predicted to use `low` to `high` of the budget, all of it where it is counted and not
-    timed; of the `rescored` members that the evaluator is asked about thoroughly, the `best`, `uniform` and
-    `random` ones become finalists. They are timed, and tried for `trial_epochs`. When timed, `guard` of the
-    budget must stay free, and networks that use less than `least` of it come last. `samples` are drawn from
-    each of the search's distributions, beside what it has seen."""
+    """Finalists are predicted to use `low` of the tightest budget at least, and of a timed one `high` at
+    most; what is counted is exact and may be used up. Of the `rescored` members that the evaluator is asked
+    about thoroughly, the `best`, `uniform` and `random` ones become finalists. They are timed, and tried for
+    `trial_epochs`. When timed, `guard` of the budget must stay free, and networks that use less than `least`
+    come last. `samples` are drawn from each of the search's distributions, beside what it has seen."""
 
     low: float = Field(0.97, gt=0, lt=1)
     high: float = Field(0.985, gt=0, le=1)
@@ -43,20 +43,33 @@ class DeriveSettings(Settings):
     trial_epochs: int = Field(1, ge=0)
     trusted_correlation: float = Field(0.5, ge=-1, le=1)
 
+    @model_validator(mode="after")
+    def _a_band(self) -> DeriveSettings:
+        if self.low >= self.high:
+            raise ValueError(f"low ({self.low:g}) must be below high ({self.high:g}); set both")
+        return self
+
 
 @dataclass(frozen=True, slots=True)
 class Finalist:
-    """An architecture that may become a tier's. `loss` is the evaluator's most exact answer, `usage`
-    predicted
-    (the share of the budget); `origin` says why it is here."""
+    """An architecture that may become a tier's. `loss` is the evaluator's most exact answer, `usage` the
+    predicted share of the tightest budget, `counted` of those that are counted; `origin` says why it is
+    here."""
 
     arch: Arch
     loss: float
     usage: float
     origin: str
+    counted: float = 0.0
 
     def to_json(self) -> Json:
-        return {"arch": self.arch.to_json(), "loss": self.loss, "usage": self.usage, "origin": self.origin}
+        return {
+            "arch": self.arch.to_json(),
+            "loss": self.loss,
+            "usage": self.usage,
+            "origin": self.origin,
+            "counted": self.counted,
+        }
 
     @classmethod
     def from_json(cls, record: Json) -> Finalist:
@@ -65,17 +78,17 @@ class Finalist:
             float(record["loss"]),
             float(record["usage"]),
             str(record["origin"]),
+            float(record.get("counted", 0.0)),
         )
 
 
-def band(usage_N: FloatArray, low: float, high: float, least: int) -> IntArray:
-    """Indices whose use of the budget lies in [low, high], at least `least` of them if the budget admits
-    that many: the band widens downwards, nearest first. Fewer, or none, where the budget itself is the
-    limit."""
-    inside = np.flatnonzero((usage_N <= high) & (usage_N >= low))
+def band(usage_N: FloatArray, fits_N: BoolArray, low: float, least: int) -> IntArray:
+    """Indices of what fits and uses `low` of the budget, at least `least` of them if so many fit: the band
+    widens downwards, nearest first. Fewer, or none, where the budget itself is the limit."""
+    inside = np.flatnonzero(fits_N & (usage_N >= low))
     if len(inside) >= least:
         return inside
-    feasible = np.flatnonzero(usage_N <= high)
+    feasible = np.flatnonzero(fits_N)
     return np.sort(feasible[np.argsort(-usage_N[feasible], kind="stable")[:least]])
 
 
@@ -83,6 +96,7 @@ def choose_finalists(
     archs: Sequence[Arch],
     losses_N: FloatArray,
     usage_N: FloatArray,
+    counted_N: FloatArray,
     uniform: frozenset[Arch],
     settings: DeriveSettings,
     rng: Generator,
@@ -99,14 +113,14 @@ def choose_finalists(
     for index in rng.permutation(rest)[: settings.random]:
         chosen[int(index)] = "random"
     return tuple(
-        Finalist(archs[index], float(losses_N[index]), float(usage_N[index]), origin)
-        for index, origin in chosen.items()
+        Finalist(archs[i], float(losses_N[i]), float(usage_N[i]), origin, float(counted_N[i]))
+        for i, origin in chosen.items()
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A finalist, timed and briefly trained. `measured_usage` is None where no budget needs a device;
+    """A finalist, timed and briefly trained. `measured_usage` of the timed budget is None where none is;
     `accuracy` (a share, on the architecture split) is None where it was not trained."""
 
     finalist: Finalist
@@ -125,13 +139,15 @@ class Trial:
         return cls(Finalist.from_json(record), record["measured_usage"], record["accuracy"])
 
     def keeps_budget(self, guard: float) -> bool:
-        return (
-            self.finalist.usage <= 1.0 if self.measured_usage is None else self.measured_usage <= 1.0 - guard
-        )
+        if self.measured_usage is None:
+            return self.finalist.usage <= 1.0
+        return self.measured_usage <= 1.0 - guard and self.finalist.counted <= 1.0
 
     @property
     def usage(self) -> float:
-        return self.finalist.usage if self.measured_usage is None else self.measured_usage
+        if self.measured_usage is None:
+            return self.finalist.usage
+        return max(self.measured_usage, self.finalist.counted)
 
 
 def in_order(trials: Sequence[Trial], settings: DeriveSettings) -> list[Trial]:
@@ -155,7 +171,7 @@ class Device(Protocol):
 
 
 Usage = Callable[[Sequence[Arch]], FloatArray]
-"""Predicted share of the tier's budget, shape (N,)."""
+"""Share of a budget, shape (N,)."""
 
 REFITS = 3
 
@@ -163,8 +179,8 @@ REFITS = 3
 @dataclass(frozen=True)
 class Deriver:
     """Derives one tier. `device` is None where no budget needs one; `counted` is the share of the budgets
-    that need none, which is exact. `refit` takes what was timed and answers with a better prediction;
-    `try_accuracies` trains architectures briefly and is None where nobody wants to wait."""
+    that need none, which is exact. `refit` takes what was timed and answers with a better prediction of the
+    timed share; `try_accuracies` trains architectures briefly and is None where nobody wants to wait."""
 
     tier: Tier
     settings: DeriveSettings
@@ -177,28 +193,29 @@ class Deriver:
     say: Callable[[str], None]
 
     def derive(
-        self, pool: Sequence[Arch], usage: Usage, rng: Generator
+        self, pool: Sequence[Arch], timed: Usage, rng: Generator
     ) -> tuple[Arch, LatencyRecord | None, list[Trial]]:
-        """The architecture, its latency in the form that ships, and all that was tried.
+        """The architecture, its latency in the form that ships, and all that was tried. `timed` predicts the
+        share of the timed budget; 0 where there is none.
 
         Raises InfeasibleBudget when nothing is predicted to fit, BudgetMissed when nothing does."""
-        trials = self._timed_finalists(pool, usage, rng)
+        trials = self._timed_finalists(pool, timed, rng)
         tried = self._tried(trials)
         arch, record = self._first_that_keeps(in_order(tried, self.settings))
         return arch, record, tried
 
-    def _timed_finalists(self, pool: Sequence[Arch], usage: Usage, rng: Generator) -> list[Trial]:
+    def _timed_finalists(self, pool: Sequence[Arch], timed: Usage, rng: Generator) -> list[Trial]:
         """Finalists, timed. While most miss the budget, or leave much of it unused, the prediction is wrong
         here: it is refitted, and they are chosen again; those of earlier rounds stay in the race."""
         measured_ms: dict[Arch, float] = {}
         seen: dict[Arch, Trial] = {}
         for _ in range(REFITS):
-            trials = self._timed(self._finalists(pool, usage, rng), measured_ms)
+            trials = self._timed(self._finalists(pool, timed, rng), measured_ms)
             seen |= {trial.finalist.arch: trial for trial in trials}
             hits = [trial for trial in trials if self._hits(trial)]
             if self.device is None or len(hits) > len(trials) // 2 or not self._missed_by_surprise(trials):
                 break
-            usage = self.refit(list(measured_ms), list(measured_ms.values()))
+            timed = self.refit(list(measured_ms), list(measured_ms.values()))
         return list(seen.values())
 
     def _hits(self, trial: Trial) -> bool:
@@ -215,10 +232,8 @@ class Deriver:
         for arch, record in zip(unknown, self.device.time(unknown), strict=True):
             measured_ms[arch] = record.latency_ms
         limit_ms = self.tier.budgets["latency_ms"]
-        counted_N = self.counted([finalist.arch for finalist in finalists]).tolist()
         return [
-            Trial(finalist, measured_usage=max(measured_ms[finalist.arch] / limit_ms, counted))
-            for finalist, counted in zip(finalists, counted_N, strict=True)
+            Trial(finalist, measured_usage=measured_ms[finalist.arch] / limit_ms) for finalist in finalists
         ]
 
     def _tried(self, trials: Sequence[Trial]) -> list[Trial]:
@@ -230,19 +245,23 @@ class Deriver:
         accuracy = dict(zip(kept, self.try_accuracies(kept), strict=True))
         return [replace(trial, accuracy=accuracy.get(trial.finalist.arch)) for trial in trials]
 
-    def _finalists(self, pool: Sequence[Arch], usage: Usage, rng: Generator) -> tuple[Finalist, ...]:
-        usage_N = usage(pool)
-        high = self.settings.high if "latency_ms" in self.tier.budgets else 1.0
-        members = [pool[i] for i in band(usage_N, self.settings.low, high, self.settings.rescored)]
+    def _finalists(self, pool: Sequence[Arch], timed: Usage, rng: Generator) -> tuple[Finalist, ...]:
+        timed_N, counted_N = timed(pool), self.counted(pool)
+        fits_N = (timed_N <= self.settings.high) & (counted_N <= 1.0)
+        usage_N = np.maximum(timed_N, counted_N)
+        members = [pool[i] for i in band(usage_N, fits_N, self.settings.low, self.settings.rescored)]
         if not members:
             raise InfeasibleBudget(
-                f"tier {self.tier.key}: no architecture within {high:.1%} of its budget; "
-                f"the nearest uses {usage_N.min():.1%}; raise the budget"
+                f"tier {self.tier.key}: none of {len(pool)} architectures keeps its budget (of a timed one "
+                f"{1 - self.settings.high:.1%} must stay free); the nearest takes {usage_N.min():.4g} times "
+                "the budget; raise it"
             )
         quick_N = self.evaluator.losses(members[: 8 * self.settings.rescored], step=0)[:, 0]
         short = self._shortlist(members, quick_N, rng)
         losses_N = self.evaluator.losses(short, step=0, thorough=True)[:, 0]
-        return choose_finalists(short, losses_N, usage(short), self.uniform, self.settings, rng)
+        counted_N = self.counted(short)
+        usage_N = np.maximum(timed(short), counted_N)
+        return choose_finalists(short, losses_N, usage_N, counted_N, self.uniform, self.settings, rng)
 
     def _shortlist(self, members: Sequence[Arch], quick_N: FloatArray, rng: Generator) -> list[Arch]:
         """The better half by a quick look, some uniform ones, and random ones to fill up."""
@@ -268,8 +287,8 @@ class Deriver:
             )
         raise BudgetMissed(
             f"tier {self.tier.key}: every finalist was timed over its budget less a guard of "
-            f"{self.settings.guard:.1%}; set derive.high lower (it is {self.settings.high}), or raise the "
-            "budget"
+            f"{self.settings.guard:.1%}; set derive.low and derive.high lower (they are "
+            f"{self.settings.low:g} and {self.settings.high:g}), or raise the budget"
         )
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -44,7 +45,7 @@ class Run:
 
     At most `workers` trainings run side by side; None for one a tier, as far as the cores go. With a
     `cluster` they run there, and files are timed there; with several `ranks` all of them are at work on one
-    thing at a time."""
+    thing at a time. `patience` is that with each device."""
 
     folder: RunFolder
     config: RunConfig
@@ -53,7 +54,7 @@ class Run:
     workers: int | None = None
     cluster: Cluster | None = None
     ranks: Ranks = ALONE
-    patience: Patience = field(default_factory=Patience)
+    patience: dict[str, Patience] = field(default_factory=lambda: defaultdict(Patience))
 
     @cached_property
     def task(self) -> ImageTask:
@@ -79,7 +80,7 @@ class Run:
             environment=self.environment(profile),
             measure=self.stopwatch(profile),
             progress=self.progress,
-            patience=self.patience,
+            patience=self.patience[profile.name],
         )
 
     def stopwatch(self, profile: DeviceProfile, kit: Path | None = None) -> Measure:
@@ -111,8 +112,14 @@ class Run:
 
     @cached_property
     def costs(self) -> dict[str, SpaceCosts]:
-        records = {profile.name: self.costs_record(profile.name) for profile in self.config.profiles}
-        return {name: SpaceCosts.from_json(record["table"], self.space) for name, record in records.items()}
+        return {profile.name: self._costs_of(profile.name) for profile in self.config.profiles}
+
+    def _costs_of(self, device: str) -> SpaceCosts:
+        table = self.costs_record(device)["table"]
+        try:
+            return SpaceCosts.from_json(table, self.space)
+        except RunFolderError as unfit:
+            raise type(unfit)(f"{self.costs_path(device)}: {unfit}") from None
 
     @cached_property
     def tiers(self) -> tuple[Tier, ...]:

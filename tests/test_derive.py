@@ -46,33 +46,36 @@ def finalist(number: int, loss: float = 1.0, usage: float = 0.97) -> Finalist:
 
 def test_the_band_is_what_uses_nearly_all_of_the_budget() -> None:
     usage_N = np.array([0.5, 0.95, 0.97, 0.985, 0.99, 1.2, 0.96])
-    assert band(usage_N, 0.95, 0.985, least=2).tolist() == [1, 2, 3, 6]
+    assert band(usage_N, usage_N <= 0.985, 0.95, least=2).tolist() == [1, 2, 3, 6]
 
 
 def test_the_band_widens_downwards_to_the_nearest() -> None:
     usage_N = np.array([0.5, 0.97, 0.9, 0.8, 0.99, 1.2])
-    assert band(usage_N, 0.95, 0.985, least=3).tolist() == [1, 2, 3]
-    assert band(usage_N, 0.95, 0.985, least=9).tolist() == [0, 1, 2, 3]
-    assert band(np.array([1.1, 0.99]), 0.95, 0.985, least=1).tolist() == []
+    fits_N = usage_N <= 0.985
+    assert band(usage_N, fits_N, 0.95, least=3).tolist() == [1, 2, 3]
+    assert band(usage_N, fits_N, 0.95, least=9).tolist() == [0, 1, 2, 3]
+    assert band(usage_N, np.zeros(6, dtype=bool), 0.95, least=1).tolist() == []
 
 
 def test_finalists_are_the_best_the_best_uniform_and_a_random_one() -> None:
     archs, losses_N, usage_N = ARCHS[:8], LOSS[:8], np.linspace(0.95, 0.98, 8)
     uniform = frozenset([ARCHS[0], ARCHS[5], ARCHS[7]])  # losses 0, 35, 9
-    chosen = choose_finalists(archs, losses_N, usage_N, uniform, SETTINGS, np.random.default_rng(0))
+    chosen = choose_finalists(
+        archs, losses_N, usage_N, usage_N / 2, uniform, SETTINGS, np.random.default_rng(0)
+    )
     assert [(f.arch.choices[0], f.origin) for f in chosen[:3]] == [
         (0, "search"),
         (6, "search"),  # 42 mod 40 = 2
         (7, "uniform"),  # the best uniform one that is not there already
     ]
     assert chosen[3].origin == "random" and len({f.arch for f in chosen}) == 4
-    assert chosen[1].loss == 2.0 and chosen[1].usage == usage_N[6]
+    assert chosen[1] == Finalist(ARCHS[6], 2.0, usage_N[6], "search", usage_N[6] / 2)
 
 
 def test_random_finalists_follow_the_generator() -> None:
     def drawn(seed: int) -> tuple[Finalist, ...]:
         rng = np.random.default_rng(seed)
-        return choose_finalists(ARCHS, LOSS, np.full(40, 0.97), frozenset(), SETTINGS, rng)
+        return choose_finalists(ARCHS, LOSS, np.full(40, 0.97), np.zeros(40), frozenset(), SETTINGS, rng)
 
     assert drawn(1) == drawn(1)
     assert len({drawn(seed)[-1].arch for seed in range(9)}) > 1
@@ -80,7 +83,7 @@ def test_random_finalists_follow_the_generator() -> None:
 
 def test_fewer_candidates_than_finalists_are_all_taken_once() -> None:
     chosen = choose_finalists(
-        ARCHS[:2], LOSS[:2], np.full(2, 0.96), frozenset(ARCHS), SETTINGS, np.random.default_rng(0)
+        ARCHS[:2], LOSS[:2], np.full(2, 0.96), np.zeros(2), frozenset(ARCHS), SETTINGS, rng()
     )
     assert sorted(f.arch.choices[0] for f in chosen) == [0, 1]
 
@@ -102,7 +105,7 @@ def test_untried_finalists_are_ordered_by_loss_and_need_no_guard_where_nothing_i
 
 
 def test_trials_survive_json() -> None:
-    for trial in (Trial(finalist(3)), Trial(finalist(3), 0.96, 0.75)):
+    for trial in (Trial(finalist(3)), Trial(Finalist(ARCHS[3], 1.0, 0.97, "random", 0.5), 0.96, 0.75)):
         assert Trial.from_json(trial.to_json()) == trial
 
 
@@ -160,6 +163,14 @@ def deriver(**changed: Any) -> Deriver:
     return Deriver(**{**made, **changed})
 
 
+PARAMS = Tier("params", "s", (Limit("params", 100.0, False, "100"),))
+
+
+def nothing(archs: Sequence[Arch]) -> FloatArray:
+    """The share of a budget that there is not."""
+    return np.zeros(len(archs))
+
+
 def rng() -> np.random.Generator:
     return np.random.default_rng(3)
 
@@ -190,10 +201,29 @@ def test_brief_training_overrules_the_evaluator() -> None:
 
 
 def test_without_a_device_nothing_is_timed_and_prediction_counts() -> None:
-    tier = Tier("params", "s", (Limit("params", 100.0, False, "100"),))
-    arch, timed, trials = deriver(tier=tier, device=None).derive(ARCHS, usage_of(true_ms), rng())
+    made = deriver(tier=PARAMS, device=None, counted=usage_of(true_ms))
+    arch, timed, trials = made.derive(ARCHS, nothing, rng())
     assert timed is None and all(t.measured_usage is None for t in trials)
     assert arch in [t.finalist.arch for t in trials]
+
+
+@pytest.mark.parametrize("device", [None, FakeDevice(lambda arch: 0.5 * true_ms(arch))])
+def test_what_is_counted_is_exact_and_may_be_used_up(device: FakeDevice | None) -> None:
+    """Alone, and beside a latency of which half is used."""
+    only = SETTINGS.model_copy(update={"rescored": 1, "best": 1, "random": 0, "uniform": 0})
+    timed = usage_of(device.ms) if device else nothing
+    tier = {} if device else {"tier": PARAMS}
+    made = deriver(device=device, settings=only, counted=usage_of(true_ms), **tier)
+    arch, _, [trial] = made.derive(ARCHS, timed, rng())
+    assert arch == ARCHS[39] and trial.usage == 1.0
+    over = deriver(device=device, counted=lambda archs: 1.0005 * usage_of(true_ms)(archs), **tier)
+    _, _, trials = over.derive(ARCHS, timed, rng())
+    assert all(trial.usage <= 1 for trial in trials) and ARCHS[39] not in {t.finalist.arch for t in trials}
+
+
+def test_a_band_without_width_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"low \(0\.97\) must be below high \(0\.96\)"):
+        DeriveSettings(high=0.96)
 
 
 def test_a_prediction_that_misses_is_fitted_again_with_what_was_timed() -> None:
@@ -236,7 +266,8 @@ def test_a_budget_that_would_stay_unused_is_a_miss_too() -> None:
 def test_where_another_budget_binds_latency_may_stay_unused() -> None:
     """Half of the latency is used, all of the parameters: nothing is fitted again, nothing comes last."""
     device = FakeDevice(lambda arch: 0.5 * true_ms(arch))
-    _, _, trials = deriver(device=device, counted=usage_of(true_ms)).derive(ARCHS, usage_of(true_ms), rng())
+    made = deriver(device=device, counted=usage_of(true_ms))
+    _, _, trials = made.derive(ARCHS, usage_of(device.ms), rng())
     assert all(trial.usage == trial.finalist.usage for trial in trials)
 
 
@@ -280,13 +311,13 @@ def test_the_next_one_is_taken_when_the_form_that_ships_misses() -> None:
 
 def test_no_form_that_ships_keeps_the_budget() -> None:
     device = FakeDevice(true_ms, lambda arch: 0.995 * BUDGET_MS)  # inside the guard
-    with pytest.raises(BudgetMissed, match="derive.high lower"):
+    with pytest.raises(BudgetMissed, match="derive.low and derive.high lower"):
         deriver(device=device).derive(ARCHS, usage_of(true_ms), rng())
     assert len(device.shipped) > 1
 
 
 def test_a_budget_below_everything_says_how_near_the_best_came() -> None:
-    with pytest.raises(InfeasibleBudget, match=r"tier cpu/s: .* the nearest uses 120\.0%"):
+    with pytest.raises(InfeasibleBudget, match=r"tier cpu/s: .* the nearest takes 1\.2 times"):
         deriver().derive(ARCHS, usage_of(lambda arch: 2.4 + true_ms(arch) - 0.05), rng())
 
 

@@ -168,8 +168,8 @@ class LatencyPredictor:
         """Raises StaleArtifact for coefficients of other terms, KeyError where something is missing."""
         if record["version"] != VERSION:
             raise StaleArtifact(
-                f"a latency predictor of version {record['version']} was read, and this is {VERSION}, whose "
-                "terms are others; remove the cost table to remake it"
+                f"holds a latency predictor of version {record['version']}, and this is {VERSION}, whose "
+                "terms are others; start a new run, which measures anew"
             )
         return cls(
             int(record["lane"]), {str(name): float(value) for name, value in record["coefficients"].items()}

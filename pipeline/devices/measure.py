@@ -391,9 +391,9 @@ def _require_quiet(
 class Patience:
     """How a busy or slow machine is waited for: `attempts` with pauses between.
 
-    A shared machine's clock that has moved stays there for hours. So where it was waited for in vain, what is
-    measured next is taken as it comes, until the machine is once more about as fast as when its costs were
-    measured."""
+    A shared machine's clock that has moved stays there for hours. So where it was waited for in vain, the
+    speed that it came to is what is waited for next, until the machine is once more about as fast as when
+    its costs were measured."""
 
     def __init__(
         self,
@@ -402,7 +402,7 @@ class Patience:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._attempts, self._pause_s, self._sleep = attempts, pause_s, sleep
-        self._stays_slow = False
+        self._usual_drift = 1.0
 
     def wait_for(
         self,
@@ -423,9 +423,8 @@ class Patience:
                 say(f"{disturbed}; waiting to try again")
             else:
                 drift = max(map(drift_of, records), default=1.0)
-                is_slow = drift > 1 + MAX_DRIFT
-                if not is_slow or not left or self._stays_slow:
-                    self._stays_slow = is_slow
+                if drift <= self._usual_drift * (1 + MAX_DRIFT) or not left:
+                    self._usual_drift = drift if drift > 1 + MAX_DRIFT else 1.0
                     return records
                 say(f"the machine is {drift:.2f} times slower than when profiled; waiting")
             self._sleep(self._pause_s)

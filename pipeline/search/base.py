@@ -43,7 +43,7 @@ from pipeline.types import (
 STAGE_POOL, STAGE_WARM_UP, STAGE_ASK, STAGE_TELL = range(4)
 
 MOST_KNOWN = 200_000
-"""Rows of choices; when there are more, what is known of them is worked out anew."""
+"""Rows of choices."""
 
 IDLE_LIMIT = 50
 """Iterations in a row without an unknown architecture after which a search on fixed answers has converged."""
@@ -61,8 +61,9 @@ class SearchProblem:
     step trains `fit_samples` architectures; both count only for an evaluator that trains. With
     `train_in_search` every iteration trains once more, on its own samples; without it the evaluator is
     frozen after the warm-up and asked on the same images every time. A checkpoint is written at the end of
-    an iteration when the last one is `save_every_s` old. `ranks` search together: each comes to the same
-    decisions, which is checked."""
+    an iteration when the last one is `save_every_s` old. `made_from` are hashes of what costs and evaluator
+    came from: a checkpoint of a search over others is refused. `ranks` search together: each comes to the
+    same decisions, which is checked."""
 
     space: ChoiceSpace
     costs: Mapping[str, CostTable]
@@ -74,6 +75,7 @@ class SearchProblem:
     train_in_search: bool = True
     seed: int = 0
     save_every_s: float = 20.0
+    made_from: Mapping[str, str] = field(default_factory=dict)
     ranks: Ranks = ALONE
     _largest: dict[tuple[str, str], float] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -132,8 +134,9 @@ class SearchProblem:
         return self._known.of(choices_NS)[1]
 
     def usage(self, archs: Sequence[Arch]) -> FloatArray:
-        """`usage_of` for architectures."""
-        return self.usage_of(np.array([arch.choices for arch in archs]).reshape(-1, len(self.sizes)))
+        """`usage_of` for architectures. Raises ConfigError for one of another space."""
+        rows = [self.space.canonical(arch).choices for arch in archs]
+        return self.usage_of(np.array(rows, dtype=np.int64).reshape(len(rows), len(self.sizes)))
 
     @cached_property
     def _known(self) -> _Known:
@@ -188,7 +191,8 @@ class SearchProblem:
 
 
 class _Known:
-    """Canonical form and usage of rows of choices, worked out once a row, the latest `MOST_KNOWN` or more."""
+    """Canonical form and usage of rows of choices, worked out once a row; when there are more than
+    `MOST_KNOWN`, all are forgotten."""
 
     def __init__(
         self,
@@ -433,6 +437,7 @@ class _Search(Generic[State]):
             [method, config.model_dump(mode="json"), problem.seed, problem.sizes]
             + [problem.evaluations, problem.warm_up, problem.fit_samples, problem.train_in_search]
             + [tier.to_json() for tier in problem.tiers]
+            + [dict(problem.made_from)]
         )
         self.state: State = sampler.init()
         self.candidates: dict[Arch, Candidate] = {}
@@ -467,7 +472,7 @@ class _Search(Generic[State]):
         known = self._evaluate(archs)
         record["evaluations"] = self.evaluations
         if len(known) == len(archs):
-            losses_N, usage_NK = np.array(known), self.problem.usage(archs)
+            losses_N, usage_NK = np.array(known), self.problem.usage_of(choices_NS)
             if self.sampler.watch is not None:
                 record["tiers"] = self._watched(choices_NS, losses_N, usage_NK)
             self.state = self.sampler.tell(self.state, choices_NS, losses_N, usage_NK, self.rng(STAGE_TELL))

@@ -280,6 +280,7 @@ class _Search:
             [method, config.model_dump(mode="json"), problem.seed, problem.sizes]
             + [problem.evaluations, problem.warm_up]
             + [tier.to_json() for tier in problem.tiers]
+            + [dict(problem.made_from)]
             + [[slot.name, list(slot.choices)] for slot in edges]
         )
         self.state: TierState | None = None

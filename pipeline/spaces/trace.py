@@ -80,7 +80,8 @@ class Trace:
 
     def pool(self, x: Value, operation: str, stride: int, kernel: int = 3) -> Value:
         size = -(-x.size // stride)
-        return self._once(operation, _layer("pool", x.channels, x.channels, x.size, size, kernel), x)
+        layer = _layer("pool", x.channels, x.channels, x.size, size, kernel)
+        return self._once(f"{operation} {kernel}", layer, x)
 
     def add(self, x: Value, y: Value) -> Value:
         return self._once("add", _layer("add", x.channels, x.channels, x.size, x.size), x, y)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.artifacts import FileCheckpoint, sha256_json
 from pipeline.costs.budgets import usage_of_budgets
-from pipeline.costs.table import CautiousCosts
+from pipeline.costs.table import LATENCY, CautiousCosts
 from pipeline.derive import Deriver, Usage
 from pipeline.engine import Engine
 from pipeline.run import Run
@@ -27,7 +27,7 @@ from pipeline.stages.records import (
     write_record,
 )
 from pipeline.train.recipe import Recipe
-from pipeline.types import Arch, Evaluator, Json, Tier
+from pipeline.types import Arch, CostTable, Evaluator, Json, Tier
 
 
 def derive_stage(run: Run, only: str | None = None) -> None:
@@ -42,7 +42,7 @@ def derive_stage(run: Run, only: str | None = None) -> None:
             rng = np.random.default_rng([run.config.seed, 102, run.tiers.index(tier)])
             deriver = _deriver(run, tier, evaluator, engine)
             with run.timed() as seconds:
-                arch, timed, trials = deriver.derive(pool, _usage_of(run, tier), rng)
+                arch, timed, trials = deriver.derive(pool, _predicted_usage(run, tier), rng)
             record = {
                 "arch": arch.to_json(),
                 "key": arch.key,
@@ -67,7 +67,7 @@ def _deriver(run: Run, tier: Tier, evaluator: Evaluator, engine: Engine) -> Deri
         model = run.costs[tier.device].latency
         assert model is not None
         better = run.costs[tier.device].with_latency(model.with_measurements(run.space, archs, measured_ms))
-        return partial(usage_of_budgets, better, tier)
+        return _timed_usage(better, tier)
 
     def try_accuracies(archs: Sequence[Arch]) -> list[float]:
         jobs = [{"do": "trial", "tier": tier.key, "arch": arch.to_json()} for arch in archs]
@@ -80,7 +80,7 @@ def _deriver(run: Run, tier: Tier, evaluator: Evaluator, engine: Engine) -> Deri
         evaluator=evaluator,
         uniform=frozenset(run.space.uniform()),
         device=run.bench(run.profile(tier.device)) if _can_be_timed(run, tier) else None,
-        counted=_counted_usage(run, tier),
+        counted=_usage_within(run.costs[tier.device], tier, lambda metric: metric != LATENCY),
         refit=refit,
         try_accuracies=try_accuracies if run.config.derive.trial_epochs > 0 else None,
         say=run.progress.say,
@@ -88,24 +88,28 @@ def _deriver(run: Run, tier: Tier, evaluator: Evaluator, engine: Engine) -> Deri
 
 
 def _can_be_timed(run: Run, tier: Tier) -> bool:
-    return "latency_ms" in tier.budgets and not run.profile(tier.device).elsewhere
+    return LATENCY in tier.budgets and not run.profile(tier.device).elsewhere
 
 
-def _usage_of(run: Run, tier: Tier) -> Usage:
-    """What cannot be timed now, since its device is elsewhere, is predicted with a margin: only the files
-    that ship make that journey."""
+def _predicted_usage(run: Run, tier: Tier) -> Usage:
+    """Share of the timed budget. What cannot be timed now, since its device is elsewhere, is predicted with
+    a margin: only the files that ship make that journey."""
     costs, profile = run.costs[tier.device], run.profile(tier.device)
-    if "latency_ms" in tier.budgets and profile.elsewhere:
-        return partial(usage_of_budgets, CautiousCosts(costs, run.bench(profile).kept_ms()), tier)
-    return partial(usage_of_budgets, costs, tier)
+    if LATENCY in tier.budgets and profile.elsewhere:
+        return _timed_usage(CautiousCosts(costs, run.bench(profile).kept_ms()), tier)
+    return _timed_usage(costs, tier)
 
 
-def _counted_usage(run: Run, tier: Tier) -> Usage:
-    """Share of the budgets that are counted rather than timed."""
-    limits = tuple(limit for limit in tier.limits if limit.metric != "latency_ms")
+def _timed_usage(costs: CostTable, tier: Tier) -> Usage:
+    return _usage_within(costs, tier, lambda metric: metric == LATENCY)
+
+
+def _usage_within(costs: CostTable, tier: Tier, counts: Callable[[str], bool]) -> Usage:
+    """Share of those budgets alone; 0 where there is none."""
+    limits = tuple(limit for limit in tier.limits if counts(limit.metric))
     if not limits:
         return lambda archs: np.zeros(len(archs))
-    return partial(usage_of_budgets, run.costs[tier.device], replace(tier, limits=limits))
+    return partial(usage_of_budgets, costs, replace(tier, limits=limits))
 
 
 def _candidate_pool(run: Run) -> list[Arch]:

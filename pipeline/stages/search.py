@@ -52,10 +52,8 @@ def search_stage(run: Run) -> None:
 
 def _inputs(run: Run) -> dict[str, str]:
     config = run.config
-    devices = [profile.name for profile in config.profiles]
     return {
-        **run.input_hashes,
-        **{f"costs of {name}": hash_of_record(run, run.costs_path(name), "profile") for name in devices},
+        **_made_from(run),
         "search settings": sha256_json(
             [
                 config.method.to_json(),
@@ -64,6 +62,14 @@ def _inputs(run: Run) -> dict[str, str]:
                 config.seed,
             ]
         ),
+    }
+
+
+def _made_from(run: Run) -> dict[str, str]:
+    devices = [profile.name for profile in run.config.profiles]
+    return {
+        **run.input_hashes,
+        **{f"costs of {name}": hash_of_record(run, run.costs_path(name), "profile") for name in devices},
     }
 
 
@@ -86,6 +92,7 @@ def search_problem(run: Run) -> SearchProblem:
         fit_samples=fit_samples,
         train_in_search=search.train_in_search,
         seed=run.config.seed,
+        made_from=_made_from(run),
         ranks=run.ranks,
     )
 

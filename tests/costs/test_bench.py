@@ -198,6 +198,21 @@ def test_a_clock_that_moved_is_waited_for_once(tmp_path: Path, model: LatencyMod
     assert len(slept) == 2 * waited, "and again once it had been as fast as it was"
 
 
+def test_more_than_a_moved_clock_is_waited_for(tmp_path: Path, model: LatencyModel) -> None:
+    watch, slept = Stopwatch(*[1.3] * ATTEMPTS, 1.7, 1.3), list[float]()
+    patience = Patience(sleep=slept.append)
+    for arch in ARCHS[:2]:
+        make(tmp_path, watch, model, patience=patience).time([arch])
+    assert len(watch.calls) == ATTEMPTS + 2 and len(slept) == ATTEMPTS
+
+
+def test_nobody_waits_for_a_device_elsewhere(tmp_path: Path, model: LatencyModel) -> None:
+    watch, slept = Stopwatch(*[1.3] * 9), list[float]()
+    there = profile(measured="elsewhere")
+    make(tmp_path, watch, model, there, patience=Patience(sleep=slept.append)).time(ARCHS[:1])
+    assert len(watch.calls) == 1 and not slept
+
+
 def test_a_machine_that_became_faster_is_taken(tmp_path: Path, model: LatencyModel) -> None:
     assert latencies(make(tmp_path, Stopwatch(0.7), model).time(ARCHS[:1])) == [1.0]
 

@@ -119,7 +119,7 @@ def test_coefficients_survive_json(space: MBConvSpace) -> None:
 
 def test_coefficients_of_other_terms_are_refused() -> None:
     record = LatencyPredictor(LANE, {"network": 0.5}).to_json()
-    with pytest.raises(StaleArtifact, match=f"of version {VERSION - 1} was read, and this is {VERSION}"):
+    with pytest.raises(StaleArtifact, match=f"of version {VERSION - 1}, and this is {VERSION}"):
         LatencyPredictor.from_json({**record, "version": VERSION - 1})
 
 

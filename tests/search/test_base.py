@@ -210,6 +210,30 @@ def test_a_checkpoint_of_another_search_is_refused() -> None:
         search(problem(), checkpoint=Stale())
 
 
+@pytest.mark.parametrize("method", ["random", "importance"])
+def test_a_checkpoint_of_a_search_over_other_costs_is_refused(method: str) -> None:
+    kept: list[Any] = []
+
+    class Keeping(NoCheckpoint):
+        def save(self, arrays: Any, record: Any) -> None:
+            kept.append((arrays, record))
+
+        def load(self) -> Any:
+            return kept[0] if kept else None
+
+    search(problem(made_from={"costs": "a"}, save_every_s=0.0), method, checkpoint=Keeping())
+    search(problem(made_from={"costs": "a"}), method, checkpoint=Keeping())
+    with pytest.raises(StaleArtifact):
+        search(problem(made_from={"costs": "b"}), method, checkpoint=Keeping())
+
+
+def test_an_architecture_of_another_space_has_no_usage() -> None:
+    with pytest.raises(ConfigError):
+        problem().usage([Arch("other", (0, 0, 0, 0))])
+    with pytest.raises(ConfigError):
+        problem().usage([Arch("toy", (0, 0)), Arch("toy", (0, 0))])
+
+
 def test_checkpoints_come_when_they_are_due() -> None:
     saved: list[int] = []
 
