@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tiny_run import DEVICE, TIERS, TINY, Cli
 from pipeline import run as run_module
 from pipeline.artifacts import sha256_file
 from pipeline.costs import bench
+from pipeline.devices.measure import Patience
 from pipeline.devices.session import RuntimeSettings
 from pipeline.report.manifest import read_manifest
 from pipeline.types import Json, LatencyRecord
@@ -327,7 +329,7 @@ def test_a_tier_keeps_its_latency_on_the_device_or_is_not_shipped(
 
 def test_a_whole_run_on_this_machine_s_cpu(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Really measured, with room to spare: it is skipped where the machine is too busy to measure at all."""
-    monkeypatch.setattr(bench, "PAUSE_S", 0.0)
+    monkeypatch.setattr(run_module, "Patience", partial(Patience, pause_s=0.0))
     tiers = [{"name": "m", "limits": {"latency": "60 %"}}]
     one = {"best": 1, "random": 0, "uniform": 0, "rescored": 4, "samples": 50, "trial_epochs": 0}
     generous = {**one, "low": 0.4, "high": 0.7, "least": 0.3}

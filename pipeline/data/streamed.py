@@ -39,19 +39,25 @@ class Pending:
 
     def pixels(self) -> NDArray[np.uint8]:
         """Shape (N, H, W, C). Raises DataError for a file that cannot be read, WorkerLost."""
-        try:
+        with _death_told():
             parts = [task.result() for task in self._tasks]
-        except BrokenProcessPool:
-            raise WorkerLost(
-                "a process that decodes images has died; what was finished is kept: run the same command "
-                "again, with fewer data.workers if memory ran out"
-            ) from None
         return np.concatenate(parts) if parts else np.empty((0, *self._shape), np.uint8)
 
     def cancel(self) -> None:
         """Whoever asked does not want them any more; what is being decoded is finished all the same."""
         for task in self._tasks:
             task.cancel()
+
+
+@contextmanager
+def _death_told() -> Iterator[None]:
+    try:
+        yield
+    except BrokenProcessPool:
+        raise WorkerLost(
+            "a process that decodes images has died; what was finished is kept: run the same command again, "
+            "with fewer data.workers if memory ran out"
+        ) from None
 
 
 class StreamedImages:
@@ -81,14 +87,15 @@ class StreamedImages:
 
     def request(self, indices: IntArray, crops: FloatArray | None = None) -> Pending:
         """Begin to decode, and do not wait. `crops`, shape (N, *CROP_DRAWS), are numbers in 0..1 that
-        decide what is cut out of each image; without them it is the whole."""
+        decide what is cut out of each image; without them it is the whole. Raises WorkerLost."""
         if self._pool is None:
             self._pool = start_processes(self.workers)
             weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
-        tasks = [
-            self._pool.submit(answer_all, self._decoder, self._requests(indices, crops, start))
-            for start in range(0, len(indices), _IMAGES_PER_TASK)
-        ]
+        with _death_told():
+            tasks = [
+                self._pool.submit(answer_all, self._decoder, self._requests(indices, crops, start))
+                for start in range(0, len(indices), _IMAGES_PER_TASK)
+            ]
         return Pending(self.shape, tasks)
 
     def _requests(self, indices: IntArray, crops: FloatArray | None, start: int) -> list[Request]:

@@ -10,7 +10,6 @@ import onnx
 import pytest
 from board import BOARD, carried_out
 
-from pipeline.costs import bench as bench_module
 from pipeline.costs.bench import Bench
 from pipeline.costs.table import (
     MARGIN_MAPES,
@@ -85,10 +84,9 @@ def test_the_table_is_fitted_to_what_came_back(
 
 
 def test_files_that_ship_make_the_journey_and_are_judged_by_the_reference(
-    table: SpaceCosts, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    table: SpaceCosts, cache_dir: Path, tmp_path: Path
 ) -> None:
     assert table.latency is not None
-    monkeypatch.setattr(bench_module, "PAUSE_S", 1e9)  # nobody here waits for a device elsewhere
     device = Elsewhere(board(), cache_dir, tmp_path / "kit.zip")
     assert device.environment == BOARD
     bench = Bench(

@@ -166,6 +166,8 @@ def test_a_killed_worker_is_an_error_and_no_wait(folder: Path) -> None:
     with pytest.raises(WorkerLost, match="a process that decodes images has died"):
         for _ in range(100):
             task.source.read(np.arange(60))
+    with pytest.raises(WorkerLost):  # also where the pool knows of it before it is asked
+        task.source.read(np.arange(60))
 
 
 def test_workers_end_when_their_parent_is_killed(folder: Path) -> None:
