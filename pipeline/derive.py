@@ -18,9 +18,20 @@ import numpy as np
 from numpy.random import Generator
 from pydantic import Field, model_validator
 
+from pipeline.algorithms.walk import in_band, walk_into_band
 from pipeline.errors import BudgetMissed, InfeasibleBudget
 from pipeline.settings import Settings
-from pipeline.types import Arch, BoolArray, Evaluator, FloatArray, IntArray, Json, LatencyRecord, Tier
+from pipeline.types import (
+    Arch,
+    BoolArray,
+    ChoiceSpace,
+    Evaluator,
+    FloatArray,
+    IntArray,
+    Json,
+    LatencyRecord,
+    Tier,
+)
 from pipeline.units import format_value
 
 
@@ -183,6 +194,7 @@ class Deriver:
     timed share; `try_accuracies` trains architectures briefly and is None where nobody wants to wait."""
 
     tier: Tier
+    space: ChoiceSpace
     settings: DeriveSettings
     evaluator: Evaluator
     uniform: frozenset[Arch]
@@ -246,6 +258,16 @@ class Deriver:
         return [replace(trial, accuracy=accuracy.get(trial.finalist.arch)) for trial in trials]
 
     def _finalists(self, pool: Sequence[Arch], timed: Usage, rng: Generator) -> tuple[Finalist, ...]:
+        members = self._members(self._filled(pool, timed, rng), timed)
+        quick_N = self.evaluator.losses(members[: 8 * self.settings.rescored], step=0)[:, 0]
+        short = self._shortlist(members, quick_N, rng)
+        losses_N = self.evaluator.losses(short, step=0, thorough=True)[:, 0]
+        counted_N = self.counted(short)
+        usage_N = np.maximum(timed(short), counted_N)
+        return choose_finalists(short, losses_N, usage_N, counted_N, self.uniform, self.settings, rng)
+
+    def _members(self, pool: Sequence[Arch], timed: Usage) -> list[Arch]:
+        """What is predicted to use nearly all of the budget. Raises InfeasibleBudget."""
         timed_N, counted_N = timed(pool), self.counted(pool)
         fits_N = (timed_N <= self.settings.high) & (counted_N <= 1.0)
         usage_N = np.maximum(timed_N, counted_N)
@@ -256,12 +278,30 @@ class Deriver:
                 f"{1 - self.settings.high:.1%} must stay free); the nearest takes {usage_N.min():.4g} times "
                 "the budget; raise it"
             )
-        quick_N = self.evaluator.losses(members[: 8 * self.settings.rescored], step=0)[:, 0]
-        short = self._shortlist(members, quick_N, rng)
-        losses_N = self.evaluator.losses(short, step=0, thorough=True)[:, 0]
-        counted_N = self.counted(short)
-        usage_N = np.maximum(timed(short), counted_N)
-        return choose_finalists(short, losses_N, usage_N, counted_N, self.uniform, self.settings, rng)
+        return members
+
+    def _filled(self, pool: Sequence[Arch], timed: Usage, rng: Generator) -> Sequence[Arch]:
+        """The pool, and where too few of it are in the band, what walks from the nearest ones find there and
+        on their way."""
+        low, enough, name = self.settings.low / self.settings.high, self.settings.rescored, self.space.name
+
+        def share(archs: Sequence[Arch]) -> FloatArray:
+            return np.maximum(timed(archs) / self.settings.high, self.counted(archs))
+
+        def look(rows_NS: IntArray) -> tuple[IntArray, FloatArray]:
+            archs = [self.space.canonical(Arch(name, tuple(row))) for row in rows_NS.tolist()]
+            return np.array([arch.choices for arch in archs], dtype=np.int64), share(archs)
+
+        share_N = share(pool)
+        if in_band(share_N, low).sum() >= enough:
+            return pool
+        rows_NS = np.array([arch.choices for arch in pool], dtype=np.int64)
+        sizes = [len(slot.choices) for slot in self.space.slots]
+        found_NS, found_N = walk_into_band(
+            rows_NS, share_N, look, low=low, enough=enough, sizes=sizes, rng=rng
+        )
+        found = [Arch(name, tuple(row)) for row in found_NS[found_N <= 1.0].tolist()]
+        return list(dict.fromkeys([*pool, *found]))
 
     def _shortlist(self, members: Sequence[Arch], quick_N: FloatArray, rng: Generator) -> list[Arch]:
         """The better half by a quick look, some uniform ones, and random ones to fill up."""

@@ -24,8 +24,8 @@ from pipeline.derive import (
     rank_correlation,
 )
 from pipeline.errors import BudgetMissed, InfeasibleBudget
-from pipeline.evaluators.tabular import TabularEvaluator
-from pipeline.types import Arch, FloatArray, LatencyRecord, Limit, Tier
+from pipeline.evaluators.tabular import TableSpace, TabularEvaluator
+from pipeline.types import Arch, FloatArray, LatencyRecord, Limit, Slot, Tier
 
 BUDGET_MS = 2.0
 ARCHS = [Arch("t", (i,)) for i in range(40)]
@@ -151,6 +151,7 @@ def deriver(**changed: Any) -> Deriver:
     tier = Tier("cpu", "s", (Limit("latency_ms", BUDGET_MS, False, "2 ms"),))
     made: dict[str, Any] = {
         "tier": tier,
+        "space": TableSpace("t", [Slot("only", tuple(map(str, range(40))))]),
         "settings": SETTINGS,
         "evaluator": TabularEvaluator(rows, LOSS),
         "uniform": frozenset(ARCHS[::10]),
@@ -219,6 +220,13 @@ def test_what_is_counted_is_exact_and_may_be_used_up(device: FakeDevice | None) 
     over = deriver(device=device, counted=lambda archs: 1.0005 * usage_of(true_ms)(archs), **tier)
     _, _, trials = over.derive(ARCHS, timed, rng())
     assert all(trial.usage <= 1 for trial in trials) and ARCHS[39] not in {t.finalist.arch for t in trials}
+
+
+def test_a_band_that_the_search_left_empty_is_filled_by_walking() -> None:
+    """All that the search has seen takes half of the budget; the space has what takes nearly all of it."""
+    arch, timed, trials = deriver().derive(ARCHS[:20], usage_of(true_ms), rng())
+    assert timed is not None and SETTINGS.least <= timed.latency_ms / BUDGET_MS <= 0.985
+    assert arch not in ARCHS[:20] and all(trial.keeps_budget(0.0) for trial in trials)
 
 
 def test_a_band_without_width_is_refused() -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.random import Generator
 
 from pipeline.algorithms import evolution
+from pipeline.algorithms.walk import in_band, walk_into_band
 from pipeline.artifacts import sha256_arrays, sha256_json
 from pipeline.errors import ConfigError, DivergedTraining, InfeasibleBudget, StaleArtifact
 from pipeline.ranks import ALONE, Ranks
@@ -276,47 +277,23 @@ class BandSampler:
 
     def _members(self, k: int, pool_NS: IntArray, usage_N: FloatArray, low: float, least: int) -> IntArray:
         enough = min(least, max(1, len(pool_NS) // 10))
-        if _in_band(usage_N, low).sum() < enough:
-            pool_NS, usage_N = self._walk(k, pool_NS, usage_N, low, enough)
-        while _in_band(usage_N, low).sum() < enough and low > 0.01:
+        if in_band(usage_N, low).sum() < enough:
+
+            def look(rows_NS: IntArray) -> tuple[IntArray, FloatArray]:
+                return self._problem.canonical(rows_NS), self._problem.usage_of(rows_NS)[:, k]
+
+            pool_NS, usage_N = walk_into_band(
+                pool_NS, usage_N, look, low=low, enough=enough, sizes=self._problem.sizes, rng=self._rng
+            )
+        while in_band(usage_N, low).sum() < enough and low > 0.01:
             low *= 0.8
-        members_NS = pool_NS[_in_band(usage_N, low if low > 0.01 else 0.0)]
+        members_NS = pool_NS[in_band(usage_N, low if low > 0.01 else 0.0)]
         if not len(members_NS):
             raise InfeasibleBudget(
                 f"tier {self._problem.tiers[k].key}: no architecture found that keeps its budget; "
                 f"the nearest takes {usage_N.min():.3g} times as much: raise the budget by that factor"
             )
         return np.asarray(members_NS)
-
-    def _walk(
-        self, k: int, pool_NS: IntArray, usage_N: FloatArray, low: float, enough: int, rounds: int = 200
-    ) -> tuple[IntArray, FloatArray]:
-        """The pool and what a walk of 64 architectures, each step of which must not lead away, adds to it."""
-        near = np.argsort(_distance(usage_N, low), kind="stable")[:64]
-        rows_NS, at_N = pool_NS[near], usage_N[near]
-        seen_NS, seen_N, found = [pool_NS], [usage_N], int(_in_band(usage_N, low).sum())
-        for _ in range(rounds):
-            moved_NS = evolution.mutate(rows_NS, self._problem.sizes, 0.0, self._rng)
-            moved_NS, moved_N = self._problem.canonical(moved_NS), self._problem.usage_of(moved_NS)[:, k]
-            better_N = _distance(moved_N, low) <= _distance(at_N, low)
-            rows_NS, at_N = np.where(better_N[:, None], moved_NS, rows_NS), np.where(better_N, moved_N, at_N)
-            seen_NS.append(moved_NS[better_N])
-            seen_N.append(moved_N[better_N])
-            found += int(_in_band(moved_N[better_N], low).sum())
-            if found >= 4 * enough:
-                break
-        all_NS, first_N = np.unique(np.concatenate(seen_NS), axis=0, return_index=True)
-        return all_NS, np.concatenate(seen_N)[first_N]
-
-
-def _in_band(usage_N: FloatArray, low: float) -> Any:
-    return (usage_N >= low) & (usage_N <= 1.0)
-
-
-def _distance(usage_N: FloatArray, low: float) -> FloatArray:
-    """How far (in log cost) from the band; 0 inside."""
-    log_N = np.log(np.maximum(usage_N, 1e-12))
-    return np.asarray(np.maximum(log_N, 0.0) + np.maximum(math.log(low) - log_N, 0.0))
 
 
 # -------------------------------------------------------------------------------------------------- methods

@@ -76,6 +76,7 @@ def _deriver(run: Run, tier: Tier, evaluator: Evaluator, engine: Engine) -> Deri
 
     return Deriver(
         tier=tier,
+        space=run.space,
         settings=run.config.derive,
         evaluator=evaluator,
         uniform=frozenset(run.space.uniform()),
