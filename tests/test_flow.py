@@ -21,6 +21,7 @@ from pipeline.artifacts import sha256_file
 from pipeline.costs import bench
 from pipeline.devices.measure import Patience
 from pipeline.devices.session import RuntimeSettings
+from pipeline.progress import Silent
 from pipeline.report.manifest import read_manifest
 from pipeline.types import Json, LatencyRecord
 
@@ -325,6 +326,11 @@ def test_a_tier_keeps_its_latency_on_the_device_or_is_not_shipped(
     shutil.rmtree(root)
     assert cli("profile", described, "--out", root).code == 0
     assert len(stopwatch.timed) == again, "the cost table comes from the cache"
+    run = run_module.open_run(root, None, "test", Silent())
+    benches = [run.bench(profile) for profile in run.config.profiles * 2]
+    assert len({id(bench.patience) for bench in benches}) == 1, (
+        "a device is waited for once, not bench by bench"
+    )
 
 
 def test_a_whole_run_on_this_machine_s_cpu(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
