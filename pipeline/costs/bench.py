@@ -20,7 +20,7 @@ from pipeline.costs.latency import VERSION
 from pipeline.costs.table import LatencyModel, Measure, export_for_timing, untrained
 from pipeline.deploy.export import export_onnx
 from pipeline.deploy.quantize import to_float16
-from pipeline.devices.measure import MAX_DRIFT, Patience
+from pipeline.devices.measure import MAX_DRIFT, REFUSED_DRIFT, Patience
 from pipeline.devices.profile import DeviceProfile
 from pipeline.errors import MeasurementError, RunFolderError
 from pipeline.spaces.base import SearchSpace
@@ -29,7 +29,6 @@ from pipeline.types import Arch, Json, LatencyRecord, Progress
 ROUNDS = 8
 SHIPPED_PROCESSES = 3  # fresh processes that what ships is timed in: memory lies differently in each, by 1 %
 MAX_SPREAD = 0.2
-REFUSED_DRIFT = 0.5  # not a clock that moved: another machine, or a very busy one
 Write = Callable[[Arch, Path], None]
 
 

@@ -69,6 +69,17 @@ def timing_environment() -> Json:
     return {"cpu": cpu_model(), "gpu": list(gpu_models()), "runtime": runtimes}
 
 
+def is_this_machine(recorded: Mapping[str, object]) -> bool:
+    """Whether `describe_environment` was recorded here, as far as processor, cores, system and ONNX Runtime
+    tell."""
+    here = describe_environment()
+    packages = recorded.get("packages")
+    runtimes = {name: found for name, found in here["packages"].items() if name.startswith("onnxruntime")}
+    return all(recorded.get(key) == here[key] for key in ("os", "cpu", "cores", "gpu")) and (
+        isinstance(packages, Mapping) and all(packages.get(name) == found for name, found in runtimes.items())
+    )
+
+
 # ----------------------------------------------------------------------------------------------------- doctor
 
 

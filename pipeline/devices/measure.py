@@ -53,7 +53,8 @@ ROUNDS = 5
 MIN_ROUNDS = 3  # fewer undisturbed visits than this are no measurement
 ROUNDS_LIMIT = 4  # times `rounds`, repetitions of disturbed visits included
 MAX_SPREAD = 0.10
-MAX_DRIFT = 0.10  # of the reference, beyond which a latency cannot be corrected for it
+MAX_DRIFT = 0.10  # of the reference; what is more is waited for, and said
+REFUSED_DRIFT = 0.5  # not a clock that moved: another machine, or a very busy one
 
 WARMUP_RUNS = 10
 WARMUP_SECONDS = 0.2

@@ -9,6 +9,8 @@ import pytest
 from sample_run import latency_record, linear_onnx
 
 from pipeline.artifacts import read_json, sha256_file, write_json
+from pipeline.devices.environment import describe_environment
+from pipeline.devices.measure import ATTEMPTS, Patience
 from pipeline.devices.session import RuntimeSettings, open_session
 from pipeline.errors import ConfigError, ProviderError, RunFolderError
 from pipeline.report.manifest import MANIFEST
@@ -199,6 +201,28 @@ def test_the_reference_does_not_excuse_a_slower_machine(run: Path) -> None:
     missed = failed(verify(run, measure=Clock(0.14, 0.29, 0.59, drift=1.5)))
     assert [result.tier for result in missed] == [f"cpu-1thread/{name}" for name in "SML"]
     assert missed[0].came.startswith("0.210 ms") and "1.50 times" in missed[0].came
+
+
+def test_a_slow_hour_of_the_run_s_own_machine_is_waited_for_and_corrected(run: Path) -> None:
+    with_reference(run)
+    edit(run, lambda record: record.update(environment=describe_environment()))
+    slept: list[float] = []
+    clock = Clock(0.14, 0.29, 0.59, drift=1.4)
+    results = verify(run, measure=clock, patience=Patience(sleep=slept.append))
+    assert failed(results) == [] and len(clock.asked) == ATTEMPTS == len(slept) + 1
+    [note] = [
+        result.came for result in results if result.tier == "cpu-1thread/S" and "measured" in result.check
+    ]
+    assert note.startswith("0.140 ms") and "corrected, since the reference takes 1.40 times" in note
+    too_slow = Clock(0.14, 0.29, 0.59, drift=1.6)
+    assert len(failed(verify(run, measure=too_slow, patience=Patience(attempts=1)))) == 3
+
+
+def test_another_machine_is_not_waited_for(run: Path) -> None:
+    with_reference(run)
+    clock = Clock(0.14, 0.29, 0.59, drift=1.5)
+    verify(run, measure=clock, patience=Patience(sleep=lambda seconds: pytest.fail("waited")))
+    assert len(clock.asked) == 1
 
 
 def test_a_changed_reference_is_left_out(run: Path) -> None:
