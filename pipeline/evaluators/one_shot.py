@@ -20,7 +20,7 @@ every rank would otherwise repeat.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import accumulate
 from typing import Literal
 
@@ -50,6 +50,7 @@ class OneShotSettings(Settings):
     distillation: float = Field(0.5, ge=0, le=1, description="share of the teacher in the others' loss")
     evaluation_images: int = Field(1000, ge=2)
     thorough_images: int = Field(2000, ge=2)
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 (autocast) is for GPUs")
 
 
 class OneShotEvaluator:
@@ -129,24 +130,31 @@ class OneShotEvaluator:
 
     def _backward(self, sandwich: list[Arch], owners: list[int], step: int) -> list[float]:
         """Leave the gradient of this rank's part of the mean loss. Losses, 0 for what other ranks have."""
-        losses = [0.0] * len(sandwich)
+        told: dict[int, Tensor] = {}
         lesson = self._lesson(owners)
         mine = [place for place, owner in enumerate(owners) if owner == self._ranks.rank]
         if mine:
             images, labels = self._to_device(self._training.at(step))
         for place in mine:
-            logits = self.supernet.forward(images, sandwich[place])
+            logits = self._logits(images, sandwich[place])
             if place == 0:
                 lesson.give(logits.detach().softmax(1))
                 loss = F.cross_entropy(logits, labels)
             else:
                 loss = self._student_loss(logits, labels, lesson)
             (loss / len(sandwich)).backward()  # type: ignore[no-untyped-call]
-            losses[place] = float(loss.detach())
+            told[place] = loss.detach()
             if self._shared is not None:
                 self._shared.keep()
         lesson.wait()
+        losses = [0.0] * len(sandwich)
+        for place, value in zip(told, _to_host(told.values()), strict=True):  # after all paths are under way
+            losses[place] = value
         return losses
+
+    def _logits(self, images: Tensor, arch: Arch) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"):
+            return self.supernet.forward(images, arch).float()
 
     def _sandwich(self, archs: Sequence[Arch]) -> list[Arch]:
         """Distinct architectures, the teacher (most multiply-adds) first."""
@@ -196,9 +204,8 @@ class OneShotEvaluator:
         losses = np.zeros((len(archs), 1))
         for at in steps:
             images, labels = self._to_device(stream.at(at))
-            for row, arch in enumerate(archs):
-                logits = self.supernet.forward(images, arch)
-                losses[row, 0] += float(F.cross_entropy(logits, labels)) / len(steps)
+            of_step = [F.cross_entropy(self._logits(images, arch), labels) for arch in archs]
+            losses[:, 0] += np.array(_to_host(of_step)) / len(steps)
         return losses
 
     def _to_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -296,6 +303,11 @@ class SharedGradients:
             vector.as_strided(weight.size(), weight.stride(), start)
             for weight, start in zip(self._weights, self._starts, strict=True)
         ]
+
+
+def _to_host(values: Collection[Tensor]) -> list[float]:
+    """Scalars in one transfer: each of its own would make the host wait for the device."""
+    return torch.stack(list(values)).tolist() if values else []
 
 
 def _to_numpy(value: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:

@@ -70,7 +70,9 @@ class Recipe(Settings):
     there is a teacher (all tiers but the largest); with `adversarial` all batches are adversarial, and
     weights are chosen by what FGSM with the same ε leaves of their accuracy; `start` says where the caller
     takes the first weights from; the architecture split is read every `evaluate_every` epochs, counted back
-    from the last one. bf16 is autocast: it pays on GPUs, and slows depthwise networks down on CPUs."""
+    from the last one. bf16 is autocast: it pays on GPUs, and slows depthwise networks down on CPUs;
+    `compile` (torch.compile, which needs a C++ compiler) costs a minute before the first step and brings
+    nothing to these networks on a CPU."""
 
     epochs: int = Field(20, ge=1)
     batch_size: int = Field(64, ge=2)
@@ -87,6 +89,7 @@ class Recipe(Settings):
     adversarial: Adversarial | None = None
     start: Literal["scratch", "supernet"] = "scratch"
     precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
     evaluate_every: int = Field(1, ge=1)
 
     @model_validator(mode="after")
@@ -97,10 +100,10 @@ class Recipe(Settings):
 
     @model_serializer(mode="wrap")
     def _leave_out_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `adversarial` and `cutout` a recipe is written, and hashed, as it was before there were
-        any."""
+        """Without `adversarial`, `cutout` and `compile` a recipe is written, and hashed, as it was before
+        there were any."""
         values: dict[str, Any] = dump(self)
-        for name in ("adversarial", "cutout"):
+        for name in ("adversarial", "cutout", "compile"):
             if not getattr(self, name):
                 values.pop(name, None)
         return values

@@ -209,7 +209,8 @@ class _Run:
             device=device,
         )
         self.steps = recipe.steps(len(task.splits["weights"]))
-        self.forward = self._over_ranks()
+        over_ranks = self._over_ranks()
+        self.forward = torch.compile(over_ranks) if recipe.compile else over_ranks
         self.teacher = teacher
         if teacher is not None:
             teacher.to(device=device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]

@@ -60,6 +60,16 @@ def test_fitting_lowers_the_loss_of_every_member_on_images_it_never_saw() -> Non
     assert np.mean(fits[-5:]) < 0.6 * fits[0]
 
 
+def test_bf16_learns_and_keeps_its_weights_in_full_precision() -> None:
+    evaluator, exact = make(precision="bf16"), make()
+    rounded = evaluator.losses(ARCHS, step=0)
+    assert not np.array_equal(rounded, exact.losses(ARCHS, step=0))
+    np.testing.assert_allclose(rounded, exact.losses(ARCHS, step=0), rtol=0.02)
+    fits = [evaluator.fit(ARCHS, step=step).loss for step in range(30)]
+    assert np.mean(fits[-5:]) < 0.8 * fits[0]
+    assert {value.dtype for value in evaluator.state().values()} == {np.dtype(np.float32)}
+
+
 def test_weights_are_trained_on_the_weights_split_alone() -> None:
     task = make_task()
     evaluator = make(task)

@@ -342,6 +342,29 @@ def test_bf16_trains(toy_network: MakeNetwork, task: ImageTask) -> None:
     assert train(toy_network(), task, recipe).accuracy >= 90
 
 
+def test_the_pass_is_compiled_where_that_is_asked_for(
+    toy_network: MakeNetwork, task: ImageTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the compiler answers is what training calls; without being asked it is left alone."""
+    calls: list[str] = []
+
+    def compiled(function: Any) -> Any:
+        def run(images: Tensor) -> Any:
+            calls.append("run")
+            return function(images)
+
+        calls.append("compile")
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    plain, asked = toy_network(), toy_network()
+    train(plain, task, SHORT)
+    assert calls == []
+    train(asked, task, SHORT.model_copy(update={"compile": True}))
+    steps = SHORT.steps(len(task.splits["weights"]))
+    assert calls == ["compile", *["run"] * steps] and same_bits(plain, asked)
+
+
 def test_a_batch_larger_than_the_data_is_the_data(toy_network: MakeNetwork, task: ImageTask) -> None:
     progress = _Loud()
     train(toy_network(), task, Recipe(epochs=2, batch_size=1000), progress=progress)
