@@ -13,6 +13,7 @@ from pipeline.devices.environment import (
     check_torch_pair,
     describe_environment,
     doctor,
+    is_this_machine,
     package_versions,
 )
 from pipeline.errors import ProviderError
@@ -23,6 +24,22 @@ def test_the_record_of_this_machine_is_complete() -> None:
     assert set(record) == {"python", "os", "cpu", "cores", "gpu", "packages", "load"}
     assert record["cpu"] and record["cores"]
     assert "numpy" in record["packages"]
+
+
+@pytest.mark.parametrize("key", ["os", "cpu", "cores", "gpu"])
+def test_this_machine_is_told_by_what_decides_its_speed(key: str) -> None:
+    record = describe_environment()
+    assert is_this_machine({**record, "load": 99.0, "python": "2.7"})
+    assert not is_this_machine({**record, key: ["other"]})
+    assert not is_this_machine({name: value for name, value in record.items() if name != key})
+
+
+def test_another_runtime_is_another_machine() -> None:
+    record = describe_environment()
+    [runtime] = [name for name in record["packages"] if name.startswith("onnxruntime")]
+    assert not is_this_machine({**record, "packages": {**record["packages"], runtime: "0.1"}})
+    assert is_this_machine({**record, "packages": {**record["packages"], "torch": "0.1"}})
+    assert not is_this_machine({**record, "packages": None})
 
 
 def test_absent_packages_are_left_out() -> None:

@@ -394,6 +394,14 @@ def test_a_checkpoint_of_another_search_is_refused() -> None:
         search(problem(), "darts", memory)
 
 
+def test_a_checkpoint_of_a_search_over_other_costs_is_refused() -> None:
+    memory = Memory()
+    search(problem(made_from={"costs": "a"}), memory=memory)
+    search(problem(made_from={"costs": "a"}), memory=memory)
+    with pytest.raises(StaleArtifact):
+        search(problem(made_from={"costs": "b"}), memory=memory)
+
+
 # -------------------------------------------------------------------------------------------- what is refused
 
 
