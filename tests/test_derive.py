@@ -320,8 +320,23 @@ def test_the_next_one_is_taken_when_the_form_that_ships_misses() -> None:
 def test_no_form_that_ships_keeps_the_budget() -> None:
     device = FakeDevice(true_ms, lambda arch: 0.995 * BUDGET_MS)  # inside the guard
     with pytest.raises(BudgetMissed, match="derive.low and derive.high lower"):
-        deriver(device=device).derive(ARCHS, usage_of(true_ms), rng())
-    assert len(device.shipped) > 1
+        deriver(device=device, refit=lambda archs, ms: usage_of(true_ms)).derive(
+            ARCHS, usage_of(true_ms), rng()
+        )
+    assert len(device.shipped) == len(set(device.shipped)) > 4, "a network was timed twice as it would ship"
+
+
+def test_where_all_forms_that_ship_miss_others_that_use_less_are_found() -> None:
+    """What ships takes 4 % more than what was timed."""
+    device = FakeDevice(true_ms, lambda arch: 1.04 * true_ms(arch))
+    made = deriver(
+        device=device,
+        settings=SETTINGS.model_copy(update={"rescored": 2, "best": 2}),
+        refit=lambda archs, ms: usage_of(true_ms),
+    )
+    arch, timed, trials = made.derive(ARCHS, usage_of(true_ms), rng())
+    assert timed is not None and 0.9 * BUDGET_MS <= timed.latency_ms <= 0.985 * BUDGET_MS
+    assert len(device.shipped) > 1 and {arch, *device.shipped} <= {trial.finalist.arch for trial in trials}
 
 
 def test_a_budget_below_everything_says_how_near_the_best_came() -> None:
