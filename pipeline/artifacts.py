@@ -171,7 +171,7 @@ class RunFolder:
 
     root: Path
 
-    def path(self, *parts: str) -> Path:
+    def path(self, *parts: str | Path) -> Path:
         return self.root.joinpath(*parts)
 
     @contextlib.contextmanager

@@ -36,7 +36,8 @@ class SearchSettings(Settings):
     `train_in_search` the supernet goes on learning from what the search samples, as published; without it,
     it is frozen after the warm-up, which trains all members of the tiers' bands alike and so does not
     favour what was sampled early. `calibration` is how many networks are timed to fit a device's latency
-    predictor.
+    predictor. `start_from` is the folder of a run that has searched the same space, say on `eproxy`: this
+    search begins with what that one liked (`pipeline.search.start`).
 
     A method that mixes operations (`darts`, `darts-prime`, `e2rnas`) always trains. There `evaluations` is
     how many minibatches follow the warm-up, in all tiers together: thousands rather than hundreds.
@@ -47,6 +48,7 @@ class SearchSettings(Settings):
     train_in_search: bool = False
     fit_samples: int | None = Field(None, ge=1)
     calibration: int = Field(30, ge=8)
+    start_from: str | None = None
 
 
 class ExportSettings(Settings):
@@ -169,6 +171,12 @@ def _refuse_unfit(config: RunConfig, where: str) -> None:
         raise ConfigError(
             f"{where}: method '{config.method.name}' needs a {need} evaluator, and '{name}' is none; "
             f"set evaluator: {fit}"
+        )
+    if config.search.start_from is not None and not METHODS[config.method.name].warm_starts:
+        able = ", ".join(name for name, entry in METHODS.items() if entry.warm_starts)
+        raise ConfigError(
+            f"{where}: search: start_from has no effect on method '{config.method.name}'; remove it, or set "
+            f"method: {able}"
         )
     if config.retrain.start == "supernet" and "extract" not in offers:
         raise ConfigError(

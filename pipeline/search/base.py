@@ -63,7 +63,8 @@ class SearchProblem:
     `train_in_search` every iteration trains once more, on its own samples; without it the evaluator is
     frozen after the warm-up and asked on the same images every time. A checkpoint is written at the end of
     an iteration when the last one is `save_every_s` old. `made_from` are hashes of what costs and evaluator
-    came from: a checkpoint of a search over others is refused. `ranks` search together: each comes to the
+    came from: a checkpoint of a search over others is refused. `earlier` is what another search of the same
+    space looked at, for methods that can begin with it. `ranks` search together: each comes to the
     same decisions, which is checked."""
 
     space: ChoiceSpace
@@ -77,6 +78,7 @@ class SearchProblem:
     seed: int = 0
     save_every_s: float = 20.0
     made_from: Mapping[str, str] = field(default_factory=dict)
+    earlier: tuple[Candidate, ...] = ()
     ranks: Ranks = ALONE
     _largest: dict[tuple[str, str], float] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -309,12 +311,14 @@ class SearchMethod(NamedTuple):
     `run(problem, config, *, checkpoint, trace, progress)` returns a SearchResult; `trace` takes one JSON
     record per iteration. `needs` names what the evaluator must offer beyond the Evaluator protocol.
     `suggests(config)` gives what a run gets where it states nothing else: the name of an `evaluator`, and
-    settings of the `space`, as far as it has them."""
+    settings of the `space`, as far as it has them. One that `warm_starts` begins with what an earlier search
+    liked."""
 
     config: type[Settings]
     run: Run
     needs: frozenset[str] = frozenset()
     suggests: Callable[[Any], Json] = lambda config: {}
+    warm_starts: bool = False
 
 
 class Run(Protocol):
@@ -414,7 +418,7 @@ class _Search(Generic[State]):
             [method, config.model_dump(mode="json"), problem.seed, problem.sizes]
             + [problem.evaluations, problem.warm_up, problem.fit_samples, problem.train_in_search]
             + [tier.to_json() for tier in problem.tiers]
-            + [dict(problem.made_from)]
+            + [dict(problem.made_from), [[c.arch.choices, c.loss] for c in problem.earlier]]
         )
         self.state: State = sampler.init()
         self.candidates: dict[Arch, Candidate] = {}

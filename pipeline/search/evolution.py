@@ -17,6 +17,7 @@ from pydantic import Field
 from pipeline.algorithms import evolution
 from pipeline.algorithms.evolution import Population
 from pipeline.search.base import BandSampler, Sampler, SearchMethod, SearchProblem, drive
+from pipeline.search.start import favourites
 from pipeline.settings import Settings
 from pipeline.types import Checkpoint, FloatArray, IntArray, Json, Progress, SearchResult
 
@@ -66,8 +67,10 @@ def run(
 
 
 def sampler(problem: SearchProblem, config: Evolution, bands: BandSampler) -> Sampler[Populations]:
-    """One child per tier and iteration; members of the band until the populations are full."""
+    """One child per tier and iteration; until the populations are full, the favourites of an earlier search,
+    then members of the band."""
     num_tiers, num_slots = len(problem.tiers), len(problem.sizes)
+    founders_KNS = favourites(problem)
 
     def init() -> Populations:
         return _joined([evolution.empty_population(config.population, num_slots)] * num_tiers)
@@ -75,8 +78,15 @@ def sampler(problem: SearchProblem, config: Evolution, bands: BandSampler) -> Sa
     def ask(state: Populations, rng: Generator) -> IntArray:
         populations = _split(state)
         if not populations[0].full:
-            return bands.draw(1, rng)
+            return founders(int(state.born), rng)
         return np.stack([child(k, population, rng) for k, population in enumerate(populations)])
+
+    def founders(born: int, rng: Generator) -> IntArray:
+        members_KS = bands.draw(1, rng)
+        for k, rows_NS in enumerate(founders_KNS):
+            if born < len(rows_NS):
+                members_KS[k] = rows_NS[born]
+        return members_KS
 
     def child(k: int, population: Population, rng: Generator) -> IntArray:
         parent_1S = evolution.tournament(population, config.tournament, 1, rng)
@@ -118,4 +128,4 @@ def _joined(populations: list[Population]) -> Populations:
     )
 
 
-METHOD = SearchMethod(Evolution, run)
+METHOD = SearchMethod(Evolution, run, warm_starts=True)

@@ -20,6 +20,7 @@ from pipeline.algorithms import categorical, evolution, surrogate
 from pipeline.algorithms.categorical import Adaptive
 from pipeline.algorithms.surrogate import Kernel, Surrogate
 from pipeline.search.base import BandSampler, Sampler, SearchProblem
+from pipeline.search.start import favourites
 from pipeline.settings import Settings
 from pipeline.types import FloatArray, IntArray, Json, Slot
 
@@ -84,6 +85,7 @@ class _Guide:
     def __init__(self, problem: SearchProblem, config: GuideSettings, bands: BandSampler) -> None:
         self.problem, self.config, self.bands = problem, config, bands
         self.sizes = problem.sizes
+        self.favourites_KNS = favourites(problem)
         self.drifts = problem.evaluator.trains and not problem.is_frozen
         self._model: tuple[FloatArray, Surrogate] | None = None
         self._drawn: tuple[FloatArray, dict[int, IntArray]] | None = None
@@ -109,7 +111,7 @@ class _Guide:
     def ask(self, state: Guided, rng: Generator) -> IntArray:
         num = self.config.samples_per_tier
         if self._too_few(state):
-            chosen_KNS = [self._within_budget(state, k, num, rng) for k in range(len(self.problem.tiers))]
+            chosen_KNS = [self._first(state, k, num, rng) for k in range(len(self.problem.tiers))]
         else:
             chosen_KNS = self._promising(state, rng)
         return np.stack(chosen_KNS, axis=1).reshape(-1, len(self.sizes))
@@ -186,6 +188,13 @@ class _Guide:
         utility_N = categorical.quantile_utility(loss_N, np.ones(len(loss_N)), self.config.quantile)
         theta_1SC = state.theta_KSC[k : k + 1]
         return np.asarray(categorical.natural_gradient(theta_1SC, drawn_NS, utility_N[None])[0])
+
+    def _first(self, state: Guided, k: int, num: int, rng: Generator) -> IntArray:
+        """What an earlier search liked best in tier k, before anything is known; else samples of p_k."""
+        liked_NS = self.favourites_KNS[k][: 0 if state.told else num]
+        if not len(liked_NS):
+            return self._within_budget(state, k, num, rng)
+        return np.resize(liked_NS, (num, len(self.sizes)))
 
     def _virtual(self, state: Guided, k: int, rng: Generator) -> IntArray:
         """Tier k's samples that cost no evaluation, the same for all that see the same distributions."""

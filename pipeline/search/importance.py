@@ -33,6 +33,7 @@ from pipeline.algorithms.categorical import Adaptive
 from pipeline.errors import ConfigError
 from pipeline.search import guided
 from pipeline.search.base import Sampler, SearchMethod, SearchProblem, drive
+from pipeline.search.start import first_distributions
 from pipeline.settings import Settings
 from pipeline.types import Checkpoint, FloatArray, IntArray, Json, Progress, SearchResult
 
@@ -142,7 +143,7 @@ def weighted_sampler(
     sizes, num_tiers = problem.sizes, len(problem.tiers)
 
     def init() -> Distributions:
-        start = categorical.adaptive_start(categorical.uniform(sizes, num_tiers))
+        start = categorical.adaptive_start(first_distributions(problem))
         return Distributions(*start, pressure_K=np.full(num_tiers, config.pressure))
 
     def ask(state: Distributions, rng: Generator) -> IntArray:
@@ -222,4 +223,4 @@ def _spread(losses_N: FloatArray, weights_KN: FloatArray) -> FloatArray:
     return np.where(spread_K > 0, spread_K, 1.0)[:, None]
 
 
-METHOD = SearchMethod(Importance, run)
+METHOD = SearchMethod(Importance, run, warm_starts=True)

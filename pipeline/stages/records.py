@@ -11,6 +11,7 @@ from pipeline.errors import RunFolderError
 from pipeline.run import Run
 from pipeline.types import Arch, Json, Tier
 
+SEARCH_RESULT = Path("search", "result.json")
 TIER_RECORDS = {"derive": "arch", "retrain": "train", "export": "export", "measure": "measure"}
 """Stage → name of the record that it leaves in every tier's folder."""
 
@@ -25,7 +26,7 @@ def chosen_tiers(run: Run, only: str | None) -> tuple[Tier, ...]:
 
 
 def search_path(run: Run) -> Path:
-    return run.folder.path("search", "result.json")
+    return run.folder.path(SEARCH_RESULT)
 
 
 def trace_path(run: Run) -> Path:

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
-from pipeline.artifacts import FileCheckpoint, sha256_json, write_arrays
+from pipeline.artifacts import FileCheckpoint, RunFolder, sha256_json, write_arrays
+from pipeline.errors import ConfigError, RunFolderError
 from pipeline.evaluators.spread import over_ranks
 from pipeline.ranks import SharedCheckpoint
 from pipeline.run import Run, TraceFile
 from pipeline.search import METHODS
 from pipeline.search.base import SearchProblem
 from pipeline.stages.networks import fresh_evaluator
-from pipeline.stages.records import evaluator_path, hash_of_record, search_path, trace_path
-from pipeline.types import Arch
+from pipeline.stages.records import (
+    SEARCH_RESULT,
+    evaluator_path,
+    hash_of_record,
+    search_path,
+    trace_path,
+)
+from pipeline.types import Arch, Candidate
 
 
 def search_stage(run: Run) -> None:
@@ -23,7 +32,7 @@ def search_stage(run: Run) -> None:
     run.ranks.agree("search", inputs)
     if run.folder.read_record(path, inputs) is not None:
         return
-    problem = search_problem(run)
+    problem = search_problem(run, _earlier(run))
     method = METHODS[config.method.name]
     checkpoint = FileCheckpoint(run.folder.path("search", "state.npz"))
     trace = TraceFile(trace_path(run), checkpoint)
@@ -73,7 +82,39 @@ def _made_from(run: Run) -> dict[str, str]:
     }
 
 
-def search_problem(run: Run) -> SearchProblem:
+def _earlier(run: Run) -> tuple[Candidate, ...]:
+    """What the run named by `search.start_from` looked at. It is read once, and kept beside this search, so
+    that the other folder may go. Raises RunFolderError where that has not searched, ConfigError where it
+    searched another space."""
+    if run.config.search.start_from is None:
+        return ()
+    path = run.folder.path("search", "earlier.json")
+    if run.ranks.rank == 0 and run.folder.read_record(path) is None:
+        _copy_earlier(run, Path(run.config.search.start_from), path)
+    content = run.ranks.from_first(path.read_bytes() if run.ranks.rank == 0 else b"")
+    return tuple(
+        Candidate(Arch(run.space.name, tuple(choices)), loss)
+        for choices, loss in json.loads(content)["candidates"]
+    )
+
+
+def _copy_earlier(run: Run, root: Path, path: Path) -> None:
+    found = RunFolder(root).read_record(root / SEARCH_RESULT)
+    if found is None:
+        raise RunFolderError(
+            f"search.start_from: {root} holds no finished search; make one with `budgetline search`"
+        )
+    space = run.input_hashes["space"]
+    if found["inputs"].get("space") != space:
+        raise ConfigError(
+            f"search.start_from: {root} searched another space than {run.space.name} with this run's "
+            "settings, image shape and classes; name a run of the same space"
+        )
+    candidates = [[choices, loss] for choices, loss, _ in found["candidates"]]
+    run.folder.write_record(path, {"candidates": candidates}, {"space": space})
+
+
+def search_problem(run: Run, earlier: tuple[Candidate, ...] = ()) -> SearchProblem:
     search, tiers = run.config.search, run.tiers
     fit_samples = search.fit_samples or len(tiers)
     evaluator = over_ranks(fresh_evaluator(run), run.ranks, partial(_macs, run))
@@ -93,6 +134,7 @@ def search_problem(run: Run) -> SearchProblem:
         train_in_search=search.train_in_search,
         seed=run.config.seed,
         made_from=_made_from(run),
+        earlier=earlier,
         ranks=run.ranks,
     )
 
