@@ -42,10 +42,10 @@ class DeriveSettings(Settings):
     `trial_epochs`. When timed, `guard` of the budget must stay free, and networks that use less than `least`
     come last. `samples` are drawn from each of the search's distributions, beside what it has seen."""
 
-    low: float = Field(0.97, gt=0, lt=1)
+    low: float = Field(0.975, gt=0, lt=1)
     high: float = Field(0.985, gt=0, le=1)
     guard: float = Field(0.015, ge=0, lt=0.5)
-    least: float = Field(0.95, ge=0, lt=1)
+    least: float = Field(0.965, ge=0, lt=1)
     samples: int = Field(2000, ge=0)
     rescored: int = Field(32, ge=1)
     best: int = Field(3, ge=1)
@@ -184,7 +184,7 @@ class Device(Protocol):
 Usage = Callable[[Sequence[Arch]], FloatArray]
 """Share of a budget, shape (N,)."""
 
-REFITS, ATTEMPTS = 3, 4
+REFITS, ATTEMPTS = 4, 4
 LEAST_STEP = 0.005
 """Of a budget: so much less is asked for at least when nothing kept it as it would ship."""
 

@@ -231,7 +231,7 @@ def test_a_band_that_the_search_left_empty_is_filled_by_walking() -> None:
 
 def test_a_band_without_width_is_refused() -> None:
     with pytest.raises(ValueError, match=r"low \(0\.97\) must be below high \(0\.96\)"):
-        DeriveSettings(high=0.96)
+        DeriveSettings(low=0.97, high=0.96)
 
 
 def test_a_prediction_that_misses_is_fitted_again_with_what_was_timed() -> None:
