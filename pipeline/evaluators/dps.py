@@ -10,7 +10,7 @@ architectures that were held back, with a bootstrap interval, says what they are
 
 Chosen here: the population starts from the settings that were asked for and 39 random ones; channels end
 at `max_channels`, since a branch of 512 channels behind a 7×7 barrier costs some fifty times what a small
-network that it judges does; E does not depend on α, so that another α for settings already tried costs
+network that it judges does; E does not depend on α and β, so that others for settings already tried cost
 nothing.
 
 Axes: G genes, T evaluations (tries), A known architectures.
@@ -47,6 +47,7 @@ LEAST_KNOWN = 5
 """Fewer architectures than this have no rank correlation worth the name."""
 RESAMPLES = 2000
 CHANNELS = (16, 32, 64, 128, 256, 512)
+EXPONENTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3)
 LEVELS = (0.5, 1.0, 1.5, 2.0)
 _SPLIT, _TRY, _RESAMPLE = range(3)
 """Streams of random numbers."""
@@ -196,12 +197,13 @@ FEATURE_SETS = tuple(
 
 
 def genes(max_channels: int) -> tuple[Gene, ...]:
-    """The learning rate, α, both initialisations, the number of branches; and per branch its features,
+    """The learning rate, α, β, both initialisations, the number of branches; and per branch its features,
     its kernels, its channels and its level."""
     channels = tuple(number for number in CHANNELS if number <= max_channels)
     shared = (
         Gene("learning_rate", tuple(round(0.1 * tenths, 1) for tenths in range(5, 16))),
         Gene("alpha", tuple(round(0.1 * tenths, 1) for tenths in range(-5, 6))),
+        Gene("size_exponent", EXPONENTS),
         Gene("network_weights", get_args(Weights)),
         Gene("branch_weights", get_args(Weights)),
         Gene("branches", (1, 2, 3)),
@@ -228,7 +230,8 @@ class Genome:
         self.genes = genes(max_channels)
         self.sizes = tuple(len(gene.values) for gene in self.genes)
         names = [gene.name for gene in self.genes if gene.branch is None]
-        self._alpha, self._branches = names.index("alpha"), names.index("branches")
+        self._corrections = [names.index("alpha"), names.index("size_exponent")]
+        self._branches = names.index("branches")
 
     def canonical(self, row_G: IntArray) -> IntArray:
         """Genes of branches that are not there set to 0."""
@@ -236,10 +239,10 @@ class Genome:
         dead_G = [gene.branch is not None and gene.branch >= count for gene in self.genes]
         return np.where(dead_G, 0, row_G)
 
-    def without_alpha(self, row_G: IntArray) -> bytes:
+    def without_correction(self, row_G: IntArray) -> bytes:
         """The same for rows that give the same E."""
         row_G = self.canonical(row_G)
-        row_G[self._alpha] = 0
+        row_G[self._corrections] = 0
         return row_G.tobytes()
 
     def decode(self, row_G: IntArray) -> EproxySettings:
@@ -405,14 +408,14 @@ class Dps:
         self._seconds_before = float(record["seconds"])
         tries = Tries.of(arrays)
         self._known_errors = {
-            self._genome.without_alpha(row_G): error_A
+            self._genome.without_correction(row_G): error_A
             for row_G, error_A in zip(tries.rows_TG, tries.errors_TA, strict=True)
         }
         return tries
 
     def _try_one(self, tries: Tries) -> Tries:
         row_G = self._genome.canonical(self._next(tries))
-        settings, key = self._genome.decode(row_G), self._genome.without_alpha(row_G)
+        settings, key = self._genome.decode(row_G), self._genome.without_correction(row_G)
         if key not in self._known_errors:
             self._known_errors[key] = self._judge.errors(settings, self._archs)
         error_A = self._known_errors[key]

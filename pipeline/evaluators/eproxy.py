@@ -7,8 +7,11 @@ On one fixed batch of N images, the outputs of the network's last, middle and ea
 8×8. Branch i (0 is the last stage): a trained k_h×k_h convolution, ReLU, batch norm, then the barrier, a
 k_b×k_b convolution with random weights that no optimiser touches though gradients flow through it.
 Network and branches take SGD steps on Σ_i MSE_i against the targets Y_i
-(`pipeline.evaluators.synthetic`). The score, lower is better, is E·(1 − α·FLOPs/FLOPs_max) with E = Σ_i
-MSE_i / 2^i, read before the last step would be made.
+(`pipeline.evaluators.synthetic`). The score, lower is better, is E·(1 − αs)·s^−β with s =
+FLOPs/FLOPs_max and E = Σ_i MSE_i / 2^i, read before the last step would be made.
+
+β is ours, 0 in the paper. E alone thinks too well of the very small, which learn fast, and 1 − αs hardly
+tells them from each other.
 
 What the paper leaves open is chosen here: where a stage ends is found by watching the network
 (`pipeline.evaluators.stages`), so that no space has to say, and a network with fewer resolutions than
@@ -90,7 +93,8 @@ class EproxySettings(ImageScoreSettings):
     learning_rate: float = Field(1.2, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(4e-5, ge=0)
-    alpha: float = Field(0.2, ge=-1, le=1)
+    alpha: float = Field(0.0, ge=-1, le=1)
+    size_exponent: float = Field(0.15, ge=0, le=1)
     network_weights: Weights = "kaiming-normal"
     branch_weights: Weights = "xavier-normal"
     branches: tuple[Branch, ...] = Field((Branch(), Branch(), Branch()), min_length=1, max_length=3)
@@ -167,24 +171,26 @@ class Eproxy:
             for i, b in enumerate(settings.branches)
         ]
         self._largest_flops = flops(space.layers(space.largest))
+        self._smallest_share = flops(space.layers(space.smallest)) / self._largest_flops
 
     @property
     def worst(self) -> float:
         """No score of a network that has not diverged is more."""
         zeros = weighted(float(y.square().mean()) for y in self.targets)
-        return DIVERGED * zeros * (1 + abs(self._settings.alpha))
+        largest_factor = (1 + abs(self._settings.alpha)) * self._smallest_share**-self._settings.size_exponent
+        return float(DIVERGED * zeros * largest_factor)
 
     def __call__(self, arch: Arch) -> float:
         """The score; not finite where the steps diverged."""
         return self.corrected(arch, self.error(arch))
 
     def corrected(self, arch: Arch, error: float) -> float:
-        """E·(1 − α·FLOPs/FLOPs_max)."""
-        share = flops(self._space.layers(arch)) / self._largest_flops
-        return error * (1 - self._settings.alpha * share)
+        """E·(1 − αs)·s^−β."""
+        share = max(flops(self._space.layers(arch)) / self._largest_flops, self._smallest_share)
+        return float(error * (1 - self._settings.alpha * share) * share**-self._settings.size_exponent)
 
     def error(self, arch: Arch) -> float:
-        """E, whatever α is."""
+        """E, whatever α and β are."""
         network = build_seeded(self._space, arch, self._seed).to(self._device)
         random = generator(self._seed, _NETWORK)
         for parameter in network.parameters():

@@ -153,11 +153,12 @@ def test_a_file_that_says_something_else_is_refused(
 # ----------------------------------------------------------------------------------------------------- genes
 
 
-def test_the_genes_are_the_published_ones() -> None:
+def test_the_genes_are_the_published_ones_and_the_exponent() -> None:
     found = genes(512)
     shared = {gene.name: gene.values for gene in found if gene.branch is None}
     assert shared["learning_rate"] == (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5)
     assert shared["alpha"] == (-0.5, -0.4, -0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
+    assert shared["size_exponent"] == (0.0, 0.05, 0.1, 0.15, 0.2, 0.3)
     assert len(shared["network_weights"]) == len(shared["branch_weights"]) == 4
     assert shared["branches"] == (1, 2, 3)
     branch = {gene.name: gene.values for gene in found if gene.branch == 1}
@@ -190,16 +191,17 @@ def test_what_no_gene_takes_becomes_the_nearest() -> None:
     assert found.branches == (Branch(channels=256, level=2.0, features=("dot", "net")),)
 
 
-def test_genes_of_missing_branches_and_alpha_do_not_change_the_error_s_key() -> None:
+def test_genes_of_missing_branches_and_corrections_do_not_change_the_error_s_key() -> None:
     genome = Genome(BASE, 512)
     names = [(gene.name, gene.branch) for gene in genome.genes]
     row = genome.encode(BASE)
-    dead, alpha, alive = row.copy(), row.copy(), row.copy()
+    dead, corrected, alive = row.copy(), row.copy(), row.copy()
     dead[names.index(("level", 2))] = 3
-    alpha[names.index(("alpha", None))] = 2
+    corrected[names.index(("alpha", None))] = 2
+    corrected[names.index(("size_exponent", None))] = 0
     alive[names.index(("level", 1))] = 3
-    assert genome.without_alpha(row) == genome.without_alpha(dead) == genome.without_alpha(alpha)
-    assert genome.without_alpha(row) != genome.without_alpha(alive)
+    key = genome.without_correction
+    assert key(row) == key(dead) == key(corrected) != key(alive)
 
 
 # --------------------------------------------------------------------------------------------------- judging
@@ -291,10 +293,10 @@ def run(judge: Any, settings: DpsSettings = SETTINGS, memory: Memory | None = No
 
 
 def test_it_finds_settings_that_rank_better_than_random_ones() -> None:
-    tries = run(FakeJudge())
-    assert len(tries) == 60
+    tries = run(FakeJudge(), SETTINGS.model_copy(update={"evaluations": 120}))
+    assert len(tries) == 120
     assert tries.rho_T[tries.best] > tries.rho_T[:10].max()
-    assert tries.rho_T[30:].mean() > tries.rho_T[1:10].mean() + 0.1
+    assert tries.rho_T[60:].mean() > tries.rho_T[1:10].mean() + 0.1
     assert make_dps(FakeJudge()).settings_of(tries.rows_TG[tries.best]).learning_rate >= 1.4
 
 
@@ -316,11 +318,11 @@ def test_children_are_mutants_of_the_living() -> None:
     assert np.median(single) <= 1
 
 
-def test_another_alpha_costs_no_evaluation() -> None:
+def test_another_correction_costs_no_evaluation() -> None:
     judge = FakeJudge()
     tries = run(judge, SETTINGS.model_copy(update={"evaluations": 200, "mutation": 1e-9}))
     genome = Genome(BASE, SETTINGS.max_channels)
-    keys = {genome.without_alpha(row) for row in tries.rows_TG}
+    keys = {genome.without_correction(row) for row in tries.rows_TG}
     assert len(judge.asked) == len(keys) < len(tries)
 
 

@@ -88,7 +88,9 @@ def images(num: int = 4, size: int = 16) -> Tensor:
 
 def test_the_score_is_what_ten_lines_by_hand_give() -> None:
     """Plain gradient descent with momentum on a copy of network and branches, without the optimiser."""
-    settings = SMALL.model_copy(update={"alpha": 0.3, "learning_rate": 0.2, "weight_decay": 0.01})
+    settings = SMALL.model_copy(
+        update={"alpha": 0.3, "size_exponent": 0.2, "learning_rate": 0.2, "weight_decay": 0.01}
+    )
     x = images()
     proxy = Eproxy(SPACE, x, settings, seed=5)
     arch = ARCHS[2]
@@ -113,9 +115,8 @@ def test_the_score_is_what_ten_lines_by_hand_give() -> None:
                     v.mul_(0.9).add_(g + (0.01 * w.detach() if w.dim() > 1 else 0))
                     w.data.sub_(0.2 * v)
     last, middle, early = (float(e.detach()) for e in errors)
-    expected = (last + middle / 2 + early / 4) * (
-        1 - 0.3 * flops(SPACE.layers(arch)) / flops(SPACE.layers(SPACE.largest))
-    )
+    share = flops(SPACE.layers(arch)) / flops(SPACE.layers(SPACE.largest))
+    expected = (last + middle / 2 + early / 4) * (1 - 0.3 * share) / share**0.2
     assert proxy(arch) == pytest.approx(expected, rel=1e-4)
 
 
@@ -126,10 +127,13 @@ def test_steps_lower_the_error() -> None:
     assert (later < 0.8 * first).all()
 
 
-def test_alpha_favours_large_networks_and_leaves_the_error_alone() -> None:
-    plain, favouring = make(alpha=0.0).losses(ARCHS), make(alpha=0.5).losses(ARCHS)
+def test_alpha_and_the_exponent_favour_large_networks_and_leave_the_error_alone() -> None:
+    plain = make(alpha=0.0, size_exponent=0.0).losses(ARCHS)
     share = np.array([[flops(SPACE.layers(a)) / flops(SPACE.layers(SPACE.largest))] for a in ARCHS])
-    np.testing.assert_allclose(favouring, plain * (1 - 0.5 * share), rtol=1e-12)
+    by_alpha = make(alpha=0.5, size_exponent=0.0).losses(ARCHS)
+    np.testing.assert_allclose(by_alpha, plain * (1 - 0.5 * share), rtol=1e-12)
+    by_exponent = make(alpha=0.0, size_exponent=0.3).losses(ARCHS)
+    np.testing.assert_allclose(by_exponent, plain / share**0.3, rtol=1e-12)
 
 
 def test_a_diverging_network_ranks_last_and_is_counted() -> None:
