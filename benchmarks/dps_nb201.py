@@ -152,6 +152,7 @@ def arguments() -> Namespace:
     parser.add_argument("--judged", type=int, default=1000, help="other cells that judge")
     parser.add_argument("--cells-per-stage", type=int, default=1)
     parser.add_argument("--evaluations", type=int, default=DpsSettings().evaluations)
+    parser.add_argument("--members", type=int, default=DpsSettings().members, help="1: as published")
     parser.add_argument("--max-channels", type=int, default=DpsSettings().max_channels)
     return parser.parse_args()
 
@@ -168,7 +169,12 @@ def main() -> bool:
     space = space_of(task.image_shape, len(task.classes), asked.cells_per_stage)
     known_rows = [table.draw(asked.known, DRAW_SEED, draw) for draw in range(asked.draws)]
     judging_rows = table.draw(asked.judged, SAMPLE_SEED, without=np.concatenate(known_rows))
-    settings = DpsSettings(held_back=0.0, evaluations=asked.evaluations, max_channels=asked.max_channels)
+    settings = DpsSettings(
+        held_back=0.0,
+        evaluations=asked.evaluations,
+        members=asked.members,
+        max_channels=asked.max_channels,
+    )
     work = RunFolder(asked.work)
     draws: list[Json] = []
     with work.locked():

@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -52,6 +53,7 @@ from pipeline.settings import Settings, parse_settings
 from pipeline.spaces.base import SearchSpace
 from pipeline.types import Arch, Json
 
+LEAST_SCORE = 1e-12
 DIVERGED = 10.0
 """An E of so many times the targets' own mean square is taken for divergence."""
 
@@ -82,22 +84,42 @@ class Branch(Settings):
         return features
 
 
-class EproxySettings(ImageScoreSettings):
-    """The genes of `pipeline.evaluators.dps`, and what it leaves alone. `branches` are for the last, the
-    middle and the early stage. `settings_file` is what `budgetline dps` wrote: its values stand where
-    none is stated beside it, and in the resolved settings they stand by themselves."""
+class Genes(Settings):
+    """What `pipeline.evaluators.dps` searches over. `branches` are for the last, the middle and the early
+    stage."""
 
-    settings_file: str | None = None
-    batch_size: int = Field(16, ge=2)
-    iterations: int = Field(10, ge=1)
     learning_rate: float = Field(1.2, gt=0)
-    momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(4e-5, ge=0)
-    alpha: float = Field(0.0, ge=-1, le=1)
+    alpha: float = Field(0.0, ge=-1, lt=1)
     size_exponent: float = Field(0.15, ge=0, le=1)
     network_weights: Weights = "kaiming-normal"
     branch_weights: Weights = "xavier-normal"
     branches: tuple[Branch, ...] = Field((Branch(), Branch(), Branch()), min_length=1, max_length=3)
+
+
+class Member(Genes):
+    """One of several proxies that vote; `mean` and `deviation` are those of its log scores over the
+    architectures that it was chosen on."""
+
+    mean: float
+    deviation: float = Field(gt=0)
+
+
+class EproxySettings(ImageScoreSettings, Genes):
+    """Genes, and what the search over them leaves alone. Where there are `members`, they stand for the genes
+    beside them. `settings_file` is what `budgetline dps` wrote: its values stand where none is stated
+    beside it, and in the resolved settings they stand by themselves."""
+
+    settings_file: str | None = None
+    batch_size: int = Field(16, ge=2)
+    iterations: int = Field(10, ge=1)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(4e-5, ge=0)
+    members: tuple[Member, ...] = ()
+
+    def of(self, member: Member) -> EproxySettings:
+        """Of one member alone."""
+        genes = {name: getattr(member, name) for name in Genes.model_fields}
+        return self.model_copy(update={**genes, "members": ()})
 
     @model_validator(mode="before")
     @classmethod
@@ -226,6 +248,47 @@ class Eproxy:
         return [F.mse_loss(branch(x), y) for branch, x, y in compared]
 
 
+class Ensemble:
+    """Several proxies: the mean of their log scores, each in its own standard deviations. May be called by
+    several threads at a time."""
+
+    def __init__(
+        self, space: SearchSpace, images: Tensor, settings: EproxySettings, *, seed: int, device: str = "cpu"
+    ) -> None:
+        self._members = [
+            (Eproxy(space, images, settings.of(member), seed=seed, device=device), member)
+            for member in settings.members
+        ]
+
+    @property
+    def worst(self) -> float:
+        """No score of a network that has not diverged in any is more."""
+        return fmean(standardised(proxy.worst, member) for proxy, member in self._members)
+
+    def __call__(self, arch: Arch) -> float:
+        """The score; not finite where the steps of a member diverged."""
+        total = 0.0
+        for proxy, member in self._members:
+            score = proxy(arch)
+            if not (math.isfinite(score) and score <= proxy.worst):
+                return math.inf
+            total += standardised(score, member)
+        return total / len(self._members)
+
+
+def standardised(score: float, member: Member) -> float:
+    """The log of a member's score in standard deviations from its mean."""
+    return (math.log(max(score, LEAST_SCORE)) - member.mean) / member.deviation
+
+
+def proxy_of(
+    space: SearchSpace, images: Tensor, settings: EproxySettings, *, seed: int, device: str = "cpu"
+) -> Eproxy | Ensemble:
+    """The score that the settings mean."""
+    kind = Ensemble if settings.members else Eproxy
+    return kind(space, images, settings, seed=seed, device=device)
+
+
 def weighted(errors: Iterable[float]) -> float:
     """Σ_i e_i / 2^i."""
     return sum(error * 0.5**i for i, error in enumerate(errors))
@@ -252,7 +315,7 @@ def make_eproxy(
     space: SearchSpace, task: ImageTask, settings: EproxySettings, *, total_steps: int, seed: int, device: str
 ) -> ScoreEvaluator:
     """`total_steps` has no bearing: nothing is trained between two scores."""
-    score = Eproxy(space, fixed_images(task, settings, seed), settings, seed=seed, device=device)
+    score = proxy_of(space, fixed_images(task, settings, seed), settings, seed=seed, device=device)
     identity: Json = {
         "proxy": "eproxy",
         **settings.model_dump(mode="json", exclude={"workers", "settings_file"}),

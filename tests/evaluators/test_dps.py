@@ -35,7 +35,7 @@ from pipeline.evaluators.dps import (
     summary,
     tune,
 )
-from pipeline.evaluators.eproxy import Branch, EproxySettings, make_eproxy
+from pipeline.evaluators.eproxy import Branch, EproxySettings, Member, make_eproxy
 from pipeline.progress import NoCheckpoint, Silent
 from pipeline.settings import parse_settings
 from pipeline.spaces.nb201 import OPERATIONS, NB201Settings, NB201Space
@@ -372,7 +372,8 @@ def test_what_is_held_back_guides_nothing() -> None:
         split_known(known, 0.8, seed=0)
 
 
-def test_the_held_back_part_judges(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("members", [1, 3])
+def test_the_held_back_part_judges(monkeypatch: pytest.MonkeyPatch, members: int) -> None:
     asked: list[Sequence[Arch]] = []
     errors = Judge.errors
 
@@ -380,21 +381,71 @@ def test_the_held_back_part_judges(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append(archs)
         return errors(self, settings, archs)
 
+    votes = Judge.votes
+
+    def voted(self: Judge, settings: EproxySettings, archs: Sequence[Arch]) -> FloatArray:
+        asked.append(archs)
+        return votes(self, settings, archs)
+
     monkeypatch.setattr(Judge, "errors", watched)
+    monkeypatch.setattr(Judge, "votes", voted)
     known = known_cells(12)
-    settings = QUICK.model_copy(update={"held_back": 0.5})
+    settings = QUICK.model_copy(update={"held_back": 0.5, "members": members})
     result = search_settings(
         SPACE, TASK, known, settings, BASE, seed=0, checkpoint=NoCheckpoint(), progress=Silent()
     )
     used, held = split_known(known, 0.5, seed=0)
     assert {frozenset(archs) for archs in asked[:-2]} == {frozenset(k.arch for k in used)}
     assert [list(archs) for archs in asked[-2:]] == [[k.arch for k in held]] * 2
+    assert len(result.settings.members) == (members if members > 1 else 0)
     accuracy = np.array([k.accuracy for k in held])
     losses = make_eproxy(SPACE, TASK, result.settings, total_steps=0, seed=0, device="cpu").losses(asked[-1])
     assert result.rho == pytest.approx(spearman(losses[:, 0], accuracy))
     assert result.interval is not None and result.interval[0] <= result.interval[1]
     assert (result.searched_on, result.held_back, result.evaluations) == (6, 6, 6)
     assert DpsResult.from_json(json.loads(json.dumps(result.to_json()))) == result
+
+
+def test_what_was_started_from_votes_with_the_best_others_that_differ_in_their_error() -> None:
+    judge = FakeJudge()
+    dps = make_dps(judge, SETTINGS.model_copy(update={"members": 4}))
+    tries = dps.run("x", Memory(), Silent())
+    found, rho = dps.answer(tries)
+    genome = Genome(BASE, SETTINGS.max_channels)
+    rows = [genome.encode(found.of(member)) for member in found.members]
+    np.testing.assert_array_equal(rows[0], genome.encode(BASE))
+    assert len({genome.without_correction(row) for row in rows}) == 4
+    best_by_error: dict[bytes, float] = {}
+    for row, found_rho in zip(tries.rows_TG, tries.rho_T, strict=True):
+        key = genome.without_correction(row)
+        best_by_error[key] = max(found_rho, best_by_error.get(key, -1.0))
+    del best_by_error[genome.without_correction(rows[0])]
+    chosen = [best_by_error[genome.without_correction(row)] for row in rows[1:]]
+    assert chosen == sorted(best_by_error.values(), reverse=True)[:3]
+    assert 0 < rho <= 1
+
+
+def test_one_member_is_the_best_that_was_tried_as_published() -> None:
+    dps = make_dps(FakeJudge(), SETTINGS.model_copy(update={"members": 1}))
+    tries = dps.run("x", Memory(), Silent())
+    found, rho = dps.answer(tries)
+    assert not found.members and rho == tries.rho_T.max()
+    assert found == dps.settings_of(tries.rows_TG[tries.best])
+
+
+def test_a_search_does_not_start_from_several_members() -> None:
+    member = Member(mean=0.0, deviation=1.0)
+    with pytest.raises(ConfigError, match="several members"):
+        search_settings(
+            SPACE,
+            TASK,
+            known_cells(12),
+            QUICK,
+            BASE.model_copy(update={"members": (member,)}),
+            seed=0,
+            checkpoint=NoCheckpoint(),
+            progress=Silent(),
+        )
 
 
 def test_the_summary_does_not_hide_that_nothing_was_held_back() -> None:

@@ -18,7 +18,16 @@ from pipeline.costs.counts import flops
 from pipeline.data.base import ImageTask
 from pipeline.errors import ConfigError, StaleArtifact
 from pipeline.evaluators import EVALUATORS
-from pipeline.evaluators.eproxy import BarrierBranch, Branch, Eproxy, EproxySettings, initialise, make_eproxy
+from pipeline.evaluators.dps import settings_record
+from pipeline.evaluators.eproxy import (
+    BarrierBranch,
+    Branch,
+    Eproxy,
+    EproxySettings,
+    Member,
+    initialise,
+    make_eproxy,
+)
 from pipeline.evaluators.scores import ScoreEvaluator, generator
 from pipeline.evaluators.stages import watching
 from pipeline.evaluators.synthetic import BANDS, Feature, target
@@ -143,6 +152,39 @@ def test_a_diverging_network_ranks_last_and_is_counted() -> None:
     assert np.isfinite(losses).all() and len(set(losses[:, 0])) == 1
     sound = make()
     assert (sound.losses(ARCHS) < losses).all() and sound.failed == 0
+
+
+MEMBERS = (
+    Member(mean=-0.5, deviation=0.2, learning_rate=0.2, branches=(Branch(channels=8),)),
+    Member(mean=0.3, deviation=0.4, learning_rate=0.4, alpha=0.3, branches=(Branch(channels=6),) * 2),
+)
+
+
+def test_members_vote_with_their_log_scores_in_standard_deviations() -> None:
+    first, second = (
+        make(**member.model_dump(exclude={"mean", "deviation"})).losses(ARCHS)[:, 0] for member in MEMBERS
+    )
+    expected = ((np.log(first) + 0.5) / 0.2 + (np.log(second) - 0.3) / 0.4) / 2
+    evaluator = make(members=MEMBERS)
+    np.testing.assert_allclose(evaluator.losses(ARCHS)[:, 0], expected, rtol=1e-9)
+    assert evaluator.failed == 0
+
+
+def test_a_network_that_diverges_in_one_member_ranks_last_and_is_counted() -> None:
+    broken = MEMBERS[1].model_copy(update={"learning_rate": 1e25})
+    evaluator = make(members=(MEMBERS[0], broken))
+    losses = evaluator.losses(ARCHS)
+    assert evaluator.failed == len(ARCHS) and np.isfinite(losses).all()
+    assert (make(members=(MEMBERS[0], MEMBERS[1])).losses(ARCHS) < losses).all()
+
+
+def test_members_survive_a_settings_file(tmp_path: Path) -> None:
+    path = tmp_path / "tuned.yaml"
+    stated = SMALL.model_copy(update={"members": MEMBERS})
+    path.write_text(yaml.safe_dump(settings_record(stated)))
+    found = parse_settings(EproxySettings, {"settings_file": str(path), "workers": 1}, "run.yaml: evaluator")
+    assert found.members == MEMBERS and found.batch_size == SMALL.batch_size
+    assert parse_settings(EproxySettings, found.model_dump(mode="json"), "run.yaml") == found
 
 
 # ----------------------------------------------------------------------------------------------- the barrier
