@@ -413,6 +413,17 @@ def dps(
         typer.Option(help="CSV or JSON: architectures (a column per slot, or `arch`) and their `accuracy`."),
     ],
     out: Annotated[Path, typer.Option(help="Settings file to write; its report lands beside it, as .json.")],
+    evaluations: Annotated[
+        int | None, typer.Option(min=1, help="Settings to try (60; 200 as published).")
+    ] = None,
+    members: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many of them vote in the answer (5; the best one as published)."),
+    ] = None,
+    held_back: Annotated[
+        float | None,
+        typer.Option(min=0, max=0.99, help="Share of the known that judges and does not guide (0.3)."),
+    ] = None,
     config: ConfigFile = None,
     data: Data = None,
     space: Space = None,
@@ -435,12 +446,13 @@ def dps(
         prepare_compute(run)
         stated = run.config.evaluator.settings
         base = stated if isinstance(stated, EproxySettings) else EproxySettings()
+        asked = {"evaluations": evaluations, "members": members, "held_back": held_back}
         result = tune(
             run.space,
             run.task,
             known,
             out,
-            DpsSettings(),
+            DpsSettings.model_validate({k: v for k, v in asked.items() if v is not None}),
             base,
             seed=run.config.seed,
             progress=run.progress,

@@ -268,3 +268,18 @@ def test_a_proxy_is_not_tuned_on_what_cannot_be_read(cli: Cli, tmp_path: Path) -
         outcome = cli("dps", "--known", path, "--out", tmp_path / "eproxy.yaml", "--space", "nb201")
         assert outcome.code == 2 and outcome.crash is None and told in outcome.err
     assert not (tmp_path / "eproxy.yaml").exists()
+
+
+def test_a_proxy_is_tuned_as_the_flags_say(cli: Cli, tmp_path: Path) -> None:
+    known, out = tmp_path / "known.csv", tmp_path / "eproxy.yaml"
+    rows = [
+        f'"[{a}, {b}, 3, 1, 2, 0]",{10 * a + b}' for a, b in ((3, 1), (1, 1), (2, 3), (3, 2), (3, 3), (2, 2))
+    ]
+    known.write_text("\n".join(["arch,accuracy", *rows]))
+    small = ("--set", "evaluator={name: eproxy, iterations: 2, branches: [{channels: 16}]}")
+    asked = ("dps", "--known", known, "--out", out, "--space", "nb201", "--set", "space.channels=4", *small)
+    outcome = cli(*asked, "--evaluations", 4, "--members", 2, "--held-back", 0)
+    assert outcome.code == 0, outcome.err
+    assert "no architecture was held back" in outcome.out
+    assert len(yaml.safe_load(out.read_text())["members"]) == 2
+    assert json.loads(out.with_suffix(".json").read_text())["evaluations"] == 4
