@@ -272,9 +272,8 @@ def test_a_proxy_is_not_tuned_on_what_cannot_be_read(cli: Cli, tmp_path: Path) -
 
 def test_a_proxy_is_tuned_as_the_flags_say(cli: Cli, tmp_path: Path) -> None:
     known, out = tmp_path / "known.csv", tmp_path / "eproxy.yaml"
-    rows = [
-        f'"[{a}, {b}, 3, 1, 2, 0]",{10 * a + b}' for a, b in ((3, 1), (1, 1), (2, 3), (3, 2), (3, 3), (2, 2))
-    ]
+    chosen = ((3, 1), (1, 1), (2, 3), (3, 2), (3, 3))
+    rows = [f'"[{a}, {b}, 3, 1, 2, 2]",{10 * a + b}' for a, b in chosen]
     known.write_text("\n".join(["arch,accuracy", *rows]))
     small = ("--set", "evaluator={name: eproxy, iterations: 2, branches: [{channels: 16}]}")
     asked = ("dps", "--known", known, "--out", out, "--space", "nb201", "--set", "space.channels=4", *small)
