@@ -45,7 +45,7 @@ class DeriveSettings(Settings):
     low: float = Field(0.975, gt=0, lt=1)
     high: float = Field(0.985, gt=0, le=1)
     guard: float = Field(0.015, ge=0, lt=0.5)
-    least: float = Field(0.965, ge=0, lt=1)
+    least: float = Field(0.97, ge=0, lt=1)
     samples: int = Field(2000, ge=0)
     rescored: int = Field(32, ge=1)
     best: int = Field(3, ge=1)
