@@ -10,7 +10,7 @@ accuracy inside the tiers' bands, where size decides nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -184,9 +184,8 @@ class Device(Protocol):
 Usage = Callable[[Sequence[Arch]], FloatArray]
 """Share of a budget, shape (N,)."""
 
-REFITS, ATTEMPTS = 4, 4
-LEAST_STEP = 0.005
-"""Of a budget: so much less is asked for at least when nothing kept it as it would ship."""
+ROUNDS, REFITS = 8, 3
+"""Finalists are chosen so often at the most; after the first three the prediction is only scaled."""
 
 
 @dataclass(frozen=True)
@@ -212,49 +211,68 @@ class Deriver:
         """The architecture, its latency in the form that ships, and all that was tried. `timed` predicts the
         share of the timed budget; 0 where there is none.
 
-        Where no finalist keeps the budget as it would ship, others are chosen that should use less of it.
-        Raises InfeasibleBudget when nothing is predicted to fit, BudgetMissed when nothing does."""
+        Where most finalists miss the budget, or leave much of it unused, the prediction is wrong here, and
+        others are chosen by a better one: fitted to what was timed, and later scaled to it. The same where
+        none keeps the budget as it would ship. Raises InfeasibleBudget when nothing is predicted to fit,
+        BudgetMissed when nothing does."""
         measured_ms: dict[Arch, float] = {}
         seen: dict[Arch, Trial] = {}
         scale = 1.0
-        for _ in range(ATTEMPTS):
-            tried = self._tried(self._timed_finalists(pool, _scaled(timed, scale), rng, measured_ms))
-            seen |= {trial.finalist.arch: trial for trial in tried}
-            missed_ms = []
-            for trial in in_order(tried, self.settings):
-                record = self._shipped(trial.finalist.arch)
-                if record is None or record.latency_ms <= self._guarded_ms:
-                    return trial.finalist.arch, record, list(seen.values())
-                missed_ms.append(record.latency_ms)
-                measured_ms[trial.finalist.arch] = record.latency_ms
-            if not missed_ms:
-                break
-            scale *= max(1 + LEAST_STEP, float(np.mean(missed_ms)) / self._guarded_ms)
-            pool = [arch for arch in pool if measured_ms.get(arch, 0.0) <= self._guarded_ms]
+        for number in range(ROUNDS):
+            finalists = self._not_yet_timed(pool, _scaled(timed, scale), rng, measured_ms)
+            fresh = self._timed(finalists, measured_ms)
+            seen |= {trial.finalist.arch: trial for trial in fresh}
+            if self._is_enough(fresh, seen.values(), number):
+                tried = self._tried(list(seen.values()))
+                seen = {trial.finalist.arch: trial for trial in tried}
+                winner = self._first_that_keeps(in_order(tried, self.settings), measured_ms)
+                if winner is not None:
+                    return *winner, tried
+                if self.device is None or not fresh:
+                    break
+            if number < REFITS:
+                timed = self.refit(list(measured_ms), list(measured_ms.values()))
+            else:
+                scale *= self._surprise(fresh, measured_ms)
+            seen = {arch: self._updated(trial, measured_ms) for arch, trial in seen.items()}
         raise BudgetMissed(
             f"tier {self.tier.key}: every finalist was timed over its budget less a guard of "
             f"{self.settings.guard:.1%}; set derive.low and derive.high lower (they are "
             f"{self.settings.low:g} and {self.settings.high:g}), or raise the budget"
         )
 
-    @property
-    def _guarded_ms(self) -> float:
-        return self.tier.budgets["latency_ms"] * (1 - self.settings.guard)
-
-    def _timed_finalists(
+    def _not_yet_timed(
         self, pool: Sequence[Arch], timed: Usage, rng: Generator, measured_ms: dict[Arch, float]
-    ) -> list[Trial]:
-        """Finalists, timed. While most miss the budget, or leave much of it unused, the prediction is wrong
-        here: it is refitted, and they are chosen again; those of earlier rounds stay in the race."""
-        seen: dict[Arch, Trial] = {}
-        for _ in range(REFITS):
-            trials = self._timed(self._finalists(pool, timed, rng), measured_ms)
-            seen |= {trial.finalist.arch: trial for trial in trials}
-            hits = [trial for trial in trials if self._hits(trial)]
-            if self.device is None or len(hits) > len(trials) // 2 or not self._missed_by_surprise(trials):
-                break
-            timed = self.refit(list(measured_ms), list(measured_ms.values()))
-        return list(seen.values())
+    ) -> tuple[Finalist, ...]:
+        """Finalists; none where all that fits was timed before. Raises InfeasibleBudget."""
+        new = [arch for arch in pool if arch not in measured_ms]
+        if measured_ms and not new:
+            return ()
+        try:
+            return self._finalists(new, timed, rng)
+        except InfeasibleBudget:
+            if not measured_ms:
+                raise
+            return ()
+
+    def _is_enough(self, fresh: Sequence[Trial], seen: Iterable[Trial], number: int) -> bool:
+        """Whether to choose among what was seen. Where the space has nothing better, so be it."""
+        hits = [trial for trial in fresh if self._hits(trial)]
+        if self.device is None or len(hits) > len(fresh) // 2 or not self._missed_by_surprise(fresh):
+            return True
+        return number == ROUNDS - 1 or (number >= REFITS and any(map(self._hits, seen)))
+
+    def _surprise(self, trials: Sequence[Trial], measured_ms: dict[Arch, float]) -> float:
+        """How much more of the timed budget was taken than was predicted, where that one binds."""
+        found = [t.finalist for t in trials if t.finalist.usage > t.finalist.counted]
+        taken_ms = sum(measured_ms[finalist.arch] for finalist in found)
+        predicted_ms = sum(f.usage for f in found) * self.tier.budgets["latency_ms"]
+        return taken_ms / predicted_ms if found else 1.0
+
+    def _updated(self, trial: Trial, measured_ms: dict[Arch, float]) -> Trial:
+        return replace(
+            trial, measured_usage=measured_ms[trial.finalist.arch] / self.tier.budgets["latency_ms"]
+        )
 
     def _hits(self, trial: Trial) -> bool:
         return trial.keeps_budget(self.settings.guard) and trial.usage >= self.settings.least
@@ -337,18 +355,24 @@ class Deriver:
         shuffled = [members[i] for i in rng.permutation(len(members))]
         return list(dict.fromkeys([*best, *alike, *shuffled]))[: self.settings.rescored]
 
-    def _shipped(self, arch: Arch) -> LatencyRecord | None:
-        """Latency of the untrained network, exported as it will ship; None where nothing is timed."""
+    def _first_that_keeps(
+        self, trials: Sequence[Trial], measured_ms: dict[Arch, float]
+    ) -> tuple[Arch, LatencyRecord | None] | None:
+        """The first whose untrained network, exported as it will ship, keeps the latency budget, and its
+        latency; those before it are remembered with theirs."""
         if self.device is None:
-            return None
-        record = self.device.time_as_shipped(arch)
-        if record.latency_ms > self._guarded_ms:
+            return (trials[0].finalist.arch, None) if trials else None
+        limit_ms = self.tier.budgets["latency_ms"]
+        for trial in trials:
+            record = self.device.time_as_shipped(trial.finalist.arch)
+            if record.latency_ms <= limit_ms * (1 - self.settings.guard):
+                return trial.finalist.arch, record
+            measured_ms[trial.finalist.arch] = record.latency_ms
             self.say(
                 f"tier {self.tier.key}: a finalist took {format_value('latency_ms', record.latency_ms)} of "
-                f"{format_value('latency_ms', self.tier.budgets['latency_ms'])} as it would ship; taking "
-                "the next one"
+                f"{format_value('latency_ms', limit_ms)} as it would ship; taking the next one"
             )
-        return record
+        return None
 
 
 def _scaled(usage: Usage, factor: float) -> Usage:

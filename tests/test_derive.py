@@ -339,6 +339,24 @@ def test_where_all_forms_that_ship_miss_others_that_use_less_are_found() -> None
     assert len(device.shipped) > 1 and {arch, *device.shipped} <= {trial.finalist.arch for trial in trials}
 
 
+def test_prediction_that_no_fit_mends_is_scaled_to_what_was_timed() -> None:
+    """Whatever is predicted to fit takes 5 % more than that."""
+    device = FakeDevice(lambda arch: 1.05 * true_ms(arch))
+    made = deriver(device=device, refit=lambda archs, ms: usage_of(true_ms))
+    _, timed, trials = made.derive(ARCHS, usage_of(true_ms), rng())
+    assert timed is not None and SETTINGS.least <= timed.latency_ms / BUDGET_MS <= 0.985
+    assert len(device.timed) == len(set(device.timed)) == len(trials), "a network was timed twice"
+
+
+def test_a_space_whose_members_were_all_timed_is_given_up() -> None:
+    device = FakeDevice(lambda arch: 1.2 * BUDGET_MS)
+    few = TableSpace("t", [Slot("only", tuple(map(str, range(36, 39))))])
+    made = deriver(device=device, space=few, refit=lambda archs, ms: usage_of(true_ms))
+    with pytest.raises(BudgetMissed, match="every finalist was timed over its budget"):
+        made.derive(ARCHS[36:39], usage_of(true_ms), rng())
+    assert device.shipped == []
+
+
 def test_a_budget_below_everything_says_how_near_the_best_came() -> None:
     with pytest.raises(InfeasibleBudget, match=r"tier cpu/s: .* the nearest takes 1\.2 times"):
         deriver().derive(ARCHS, usage_of(lambda arch: 2.4 + true_ms(arch) - 0.05), rng())
