@@ -31,8 +31,9 @@ from benchmarks.record import (
 from pipeline.artifacts import FileCheckpoint, RunFolder, sha256_json, write_yaml
 from pipeline.data import load_task
 from pipeline.data.base import ImageTask
-from pipeline.evaluators.dps import DpsResult, DpsSettings, Known, search_settings, settings_record
+from pipeline.evaluators.dps import DpsResult, DpsSettings, search_settings, settings_record
 from pipeline.evaluators.eproxy import EproxySettings, make_eproxy
+from pipeline.evaluators.known import Known
 from pipeline.spaces.nb201 import NB201Space
 from pipeline.types import Arch, FloatArray, IntArray, Json, Progress
 from pipeline.ui import progress_for

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from benchmarks.nb201_whole import WholeCellSpace
 from pipeline.artifacts import FileCheckpoint, read_arrays
 from pipeline.errors import ConfigError
-from pipeline.evaluators.dps import spearman
+from pipeline.evaluators.correlation import spearman
 from pipeline.evaluators.scores import ScoreEvaluator
 from pipeline.spaces.nb201 import NAME, NB201Settings, NB201Space, live_edges
 from pipeline.types import Arch, FloatArray, IntArray, Progress

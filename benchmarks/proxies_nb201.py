@@ -46,7 +46,7 @@ from pipeline.data import load_task
 from pipeline.data.base import ImageTask
 from pipeline.errors import ConfigError
 from pipeline.evaluators import EVALUATORS
-from pipeline.evaluators.dps import spearman
+from pipeline.evaluators.correlation import spearman
 from pipeline.evaluators.scores import ScoreEvaluator
 from pipeline.settings import parse_settings, pick
 from pipeline.types import FloatArray, IntArray, Json, Progress

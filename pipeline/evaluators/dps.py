@@ -3,7 +3,7 @@
 Y. Li, J. Li, C. Han, P. Li, J. Xiong, D. Chen, "Extensible Proxy for Efficient NAS", 2022, arXiv
 2210.09459.
 
-Regularised evolution over the settings (the genes are in `genes`): tournaments in a population, every gene
+Regularised evolution over the settings (`genome.py`): tournaments in a population, every gene
 mutated with probability 0.2, the oldest dies. Fitness is Spearman's ρ of minus the score with the known
 accuracy. ρ on architectures that were held back, with a bootstrap interval, says what the answer is worth.
 
@@ -22,46 +22,28 @@ Axes: G genes, T evaluations (tries), A known architectures.
 
 from __future__ import annotations
 
-import csv
-import itertools
-import json
-import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
-from numpy.random import Generator
 from pydantic import Field
 
 from pipeline.algorithms import evolution
 from pipeline.artifacts import FileCheckpoint, read_json, sha256_json, write_json, write_yaml
 from pipeline.data.base import ImageTask
 from pipeline.errors import ConfigError, StaleArtifact
-from pipeline.evaluators.eproxy import (
-    LEAST_SCORE,
-    Ensemble,
-    Eproxy,
-    EproxySettings,
-    Genes,
-    Kernel,
-    Member,
-    Weights,
-)
+from pipeline.evaluators.correlation import bootstrap, spearman
+from pipeline.evaluators.eproxy import LEAST_SCORE, Ensemble, Eproxy, EproxySettings, Genes, Member
+from pipeline.evaluators.genome import Genome, genes_of
+from pipeline.evaluators.known import LEAST_KNOWN, Known, read_known
 from pipeline.evaluators.scores import fixed_images, score_all, workers_on
-from pipeline.evaluators.synthetic import Feature
 from pipeline.settings import Settings
 from pipeline.spaces.base import SearchSpace
 from pipeline.types import Arch, Arrays, Checkpoint, FloatArray, IntArray, Json, Progress
 
-LEAST_KNOWN = 5
-"""Fewer architectures than this have no rank correlation worth the name."""
-RESAMPLES = 2000
-CHANNELS = (16, 32, 64, 128, 256, 512)
-EXPONENTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3)
-LEVELS = (0.5, 1.0, 1.5, 2.0)
 _SPLIT, _TRY, _RESAMPLE = range(3)
 """Streams of random numbers."""
 
@@ -80,244 +62,7 @@ class DpsSettings(Settings):
     max_channels: int = Field(128, ge=16)
 
 
-# --------------------------------------------------------------------------------------------- what is known
-
-
-@dataclass(frozen=True, slots=True)
-class Known:
-    """A canonical architecture and its accuracy, in any unit that is more where it is better."""
-
-    arch: Arch
-    accuracy: float
-
-
-def read_known(path: Path, space: SearchSpace) -> tuple[Known, ...]:
-    """The file's architectures; rows that build the same network count once, with their mean accuracy.
-
-    CSV: a header, then one architecture per line, with a column `accuracy` and either a column for every
-    slot of the space, holding the choice's name or its number, or a column `arch` that holds JSON as
-    below. JSON: a list of {"arch": A, "accuracy": x}, where A is a list of choices or an architecture as
-    a run writes it, {"space": name, "choices": [...]}. Raises ConfigError where the file is something
-    else."""
-    rows = list(_json_rows(path) if path.suffix == ".json" else _csv_rows(path))
-    found: dict[Arch, list[float]] = {}
-    for where, row in rows:
-        found.setdefault(_arch_of(row, space, where), []).append(_accuracy_of(row, where))
-    if len(found) < LEAST_KNOWN:
-        raise ConfigError(
-            f"{path}: holds {len(found)} different architectures; give {LEAST_KNOWN} at least, better 20"
-        )
-    return tuple(Known(arch, float(np.mean(accuracies))) for arch, accuracies in found.items())
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[str, Json]]:
-    with _opened(path) as lines:
-        reader = csv.DictReader(lines, skipinitialspace=True)
-        for row in reader:
-            if None in row or None in row.values():
-                raise ConfigError(
-                    f"{path}, line {reader.line_num}: has another number of columns than line 1"
-                )
-            yield f"{path}, line {reader.line_num}", dict(row)
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return path.open(encoding="utf-8-sig", newline="")
-    except OSError as failure:
-        raise ConfigError(f"{path}: cannot be read ({failure.strerror or failure})") from None
-
-
-def _json_rows(path: Path) -> Iterator[tuple[str, Json]]:
-    with _opened(path) as file:
-        try:
-            rows = json.load(file)
-        except ValueError as failure:
-            raise ConfigError(f"{path}: is not JSON ({failure})") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ConfigError(f'{path}: expected a list of {{"arch": [choices], "accuracy": number}}')
-    for number, row in enumerate(rows):
-        yield f"{path}, entry {number}", row
-
-
-def _accuracy_of(row: Json, where: str) -> float:
-    try:
-        accuracy = float(row["accuracy"])
-    except KeyError:
-        raise ConfigError(f"{where}: has no 'accuracy'; there are: {', '.join(row)}") from None
-    except (TypeError, ValueError):
-        accuracy = math.nan
-    if not math.isfinite(accuracy):
-        raise ConfigError(f"{where}: accuracy is {row['accuracy']!r}; expected a number")
-    return accuracy
-
-
-def _arch_of(row: Json, space: SearchSpace, where: str) -> Arch:
-    if "arch" in row:
-        return _stated_arch(row["arch"], space, where)
-    missing = [slot.name for slot in space.slots if slot.name not in row]
-    if missing:
-        raise ConfigError(
-            f"{where}: has neither 'arch' nor a column for slot '{missing[0]}' of space {space.name}"
-        )
-    return space.canonical(
-        Arch(space.name, tuple(_choice(row[s.name], s.name, s.choices, where) for s in space.slots))
-    )
-
-
-def _choice(value: Any, slot: str, choices: Sequence[str], where: str) -> int:
-    text = str(value).strip()
-    if text in choices:
-        return choices.index(text)
-    if text.isdigit() and int(text) < len(choices):
-        return int(text)
-    raise ConfigError(
-        f"{where}: slot '{slot}' is {text!r}; expected one of {', '.join(choices)}, or its number from 0"
-    )
-
-
-def _stated_arch(value: Any, space: SearchSpace, where: str) -> Arch:
-    try:
-        record = json.loads(value) if isinstance(value, str) else value
-        if isinstance(record, list):
-            record = {"space": space.name, "choices": record}
-        arch = Arch.from_json(record)
-    except (ValueError, TypeError, KeyError):
-        raise ConfigError(
-            f"{where}: arch is {value!r}; expected a list of {len(space.slots)} choices"
-        ) from None
-    try:
-        return space.canonical(arch)
-    except ConfigError as stranger:
-        raise ConfigError(f"{where}: {stranger}") from None
-
-
-# ----------------------------------------------------------------------------------------------------- genes
-
-
-@dataclass(frozen=True, slots=True)
-class Gene:
-    """One setting and the values it may take. `branch` is None, or the branch that it belongs to."""
-
-    name: str
-    values: tuple[Any, ...]
-    branch: int | None = None
-
-
-FEATURE_SETS = tuple(
-    chosen
-    for count in range(1, len(get_args(Feature)) + 1)
-    for chosen in itertools.combinations(get_args(Feature), count)
-)
-
-
-def genes(max_channels: int) -> tuple[Gene, ...]:
-    """The learning rate, α, β, both initialisations, the number of branches; and per branch its features,
-    its kernels, its channels and its level."""
-    channels = tuple(number for number in CHANNELS if number <= max_channels)
-    shared = (
-        Gene("learning_rate", tuple(round(0.1 * tenths, 1) for tenths in range(5, 16))),
-        Gene("alpha", tuple(round(0.1 * tenths, 1) for tenths in range(-5, 6))),
-        Gene("size_exponent", EXPONENTS),
-        Gene("network_weights", get_args(Weights)),
-        Gene("branch_weights", get_args(Weights)),
-        Gene("branches", (1, 2, 3)),
-    )
-    per_branch = tuple(
-        gene
-        for i in range(3)
-        for gene in (
-            Gene("features", FEATURE_SETS, i),
-            Gene("head_kernel", get_args(Kernel), i),
-            Gene("barrier_kernel", get_args(Kernel), i),
-            Gene("channels", channels, i),
-            Gene("level", LEVELS, i),
-        )
-    )
-    return shared + per_branch
-
-
-class Genome:
-    """Settings as rows of choices, shape (G,), and back; what is no gene stays as in `base`."""
-
-    def __init__(self, base: EproxySettings, max_channels: int) -> None:
-        self.base = base
-        self.genes = genes(max_channels)
-        self.sizes = tuple(len(gene.values) for gene in self.genes)
-        names = [gene.name for gene in self.genes if gene.branch is None]
-        self._corrections = [names.index("alpha"), names.index("size_exponent")]
-        self._branches = names.index("branches")
-
-    def canonical(self, row_G: IntArray) -> IntArray:
-        """Genes of branches that are not there set to 0."""
-        count = self.genes[self._branches].values[int(row_G[self._branches])]
-        dead_G = [gene.branch is not None and gene.branch >= count for gene in self.genes]
-        return np.where(dead_G, 0, row_G)
-
-    def without_correction(self, row_G: IntArray) -> bytes:
-        """The same for rows that give the same E."""
-        row_G = self.canonical(row_G)
-        row_G[self._corrections] = 0
-        return row_G.tobytes()
-
-    def decode(self, row_G: IntArray) -> EproxySettings:
-        pairs = [(g, g.values[int(choice)]) for g, choice in zip(self.genes, row_G, strict=True)]
-        shared = {gene.name: value for gene, value in pairs if gene.branch is None}
-        branches = [
-            {gene.name: value for gene, value in pairs if gene.branch == i}
-            for i in range(shared.pop("branches"))
-        ]
-        return EproxySettings.model_validate({**self.base.model_dump(), **shared, "branches": branches})
-
-    def encode(self, settings: EproxySettings) -> IntArray:
-        """The row nearest to the settings: a number that no gene takes becomes the closest that one
-        does."""
-        stated: dict[tuple[str, int | None], Any] = {
-            **{(name, None): value for name, value in settings},
-            ("branches", None): len(settings.branches),
-            **{(name, i): v for i, branch in enumerate(settings.branches) for name, v in branch},
-        }
-        return np.array([_nearest(gene, stated.get((gene.name, gene.branch))) for gene in self.genes])
-
-
-def _genes_of(settings: EproxySettings) -> Json:
-    return {name: getattr(settings, name) for name in Genes.model_fields}
-
-
-def _nearest(gene: Gene, value: Any) -> int:
-    if value is None:
-        return 0
-    if isinstance(value, int | float):
-        return min(range(len(gene.values)), key=lambda i: abs(gene.values[i] - value))
-    if isinstance(value, tuple):
-        value = tuple(sorted(value, key=get_args(Feature).index))
-    return gene.values.index(value)
-
-
 # --------------------------------------------------------------------------------------------------- judging
-
-
-def spearman(scores_A: FloatArray, accuracy_A: FloatArray) -> float:
-    """Spearman's ρ of minus the scores with the accuracy: 1 where the score ranks right, 0 where either
-    is all alike."""
-    return float(_spearman(scores_A[None], accuracy_A[None])[0])
-
-
-def _spearman(scores_RA: FloatArray, accuracy_RA: FloatArray) -> FloatArray:
-    """ρ of every row."""
-    from scipy.stats import rankdata
-
-    x_RA, y_RA = (rankdata(values_RA, axis=1) for values_RA in (-scores_RA, accuracy_RA))
-    x_RA, y_RA = (ranks_RA - ranks_RA.mean(axis=1, keepdims=True) for ranks_RA in (x_RA, y_RA))
-    scale_R = np.sqrt((x_RA**2).sum(axis=1) * (y_RA**2).sum(axis=1))
-    return np.asarray((x_RA * y_RA).sum(axis=1) / np.where(scale_R > 0, scale_R, 1.0))
-
-
-def bootstrap(scores_A: FloatArray, accuracy_A: FloatArray, rng: Generator) -> tuple[float, float]:
-    """The 95 % percentile interval of ρ over 2,000 resamples of the architectures."""
-    picks_RA = rng.integers(0, len(scores_A), size=(RESAMPLES, len(scores_A)))
-    low, high = np.quantile(_spearman(scores_A[picks_RA], accuracy_A[picks_RA]), (0.025, 0.975))
-    return float(low), float(high)
 
 
 class Judge:
@@ -429,7 +174,7 @@ class Dps:
         log_MA = np.log(np.maximum([self._scores(tries, t) for t in chosen], LEAST_SCORE))
         mean_M, deviation_M = log_MA.mean(axis=1), np.maximum(log_MA.std(axis=1), LEAST_SCORE)
         members = tuple(
-            Member(**_genes_of(self.settings_of(tries.rows_TG[t])), mean=float(mean), deviation=float(spread))
+            Member(**genes_of(self.settings_of(tries.rows_TG[t])), mean=float(mean), deviation=float(spread))
             for t, mean, spread in zip(chosen, mean_M, deviation_M, strict=True)
         )
         votes_A = ((log_MA - mean_M[:, None]) / deviation_M[:, None]).mean(axis=0)

@@ -18,24 +18,21 @@ from pipeline.artifacts import FileCheckpoint
 from pipeline.data.base import ImageTask
 from pipeline.errors import ConfigError, StaleArtifact
 from pipeline.evaluators import dps
+from pipeline.evaluators.correlation import bootstrap, spearman
 from pipeline.evaluators.dps import (
     Dps,
     DpsResult,
     DpsSettings,
-    Genome,
     Judge,
-    Known,
     Tries,
-    bootstrap,
-    genes,
-    read_known,
     search_settings,
-    spearman,
     split_known,
     summary,
     tune,
 )
 from pipeline.evaluators.eproxy import Branch, EproxySettings, Member, make_eproxy
+from pipeline.evaluators.genome import Genome, genes
+from pipeline.evaluators.known import Known, read_known
 from pipeline.progress import NoCheckpoint, Silent
 from pipeline.settings import parse_settings
 from pipeline.spaces.nb201 import OPERATIONS, NB201Settings, NB201Space
