@@ -30,7 +30,7 @@ SURFACE = {
     "export": "--out --tier --engine --ray-address --task-resources",
     "measure": "--out --tier --engine --ray-address --task-resources",
     "report": "--out",
-    "dps": "--known --out [config] --data --space --seed --device --set",
+    "dps": "--known --out --evaluations --members --held-back [config] --data --space --seed --device --set",
     "kit make": "--out [config] --profile --data --space --seed --set --verify --device",
     "kit import": "results --profile",
     "list": "[folder] --json",
