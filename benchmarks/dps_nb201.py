@@ -7,7 +7,8 @@ on all of them (`pipeline.evaluators.dps`, nothing held back), and judges the se
 Spearman's ρ over other random cells, which are the same for all draws and isomorphic to none of theirs.
 Beside it the default settings on the same cells. The 60 cells that chose the defaults are in neither
 part. Networks have --cells-per-stage cells per stage, 1 by default; the table trained 5. Every
-evaluation and every score is kept in the work folder: the same command goes on where it stopped.
+evaluation and every score is kept in the work folder: the same command goes on where it stopped, and
+`--only DRAW` does one draw, in a process beside others.
 """
 
 from __future__ import annotations
@@ -59,14 +60,15 @@ def search_draw(
     settings: DpsSettings,
     work: RunFolder,
     progress: Progress,
+    device: str,
 ) -> DpsResult:
     """The draw's search, or what it came to before."""
-    path = work.path(f"draw{draw}.json")
+    path = work.path("search.json")
     facts = [[k.arch.to_json(), k.accuracy] for k in known]
     inputs = {
         "space": sha256_json(space.fingerprint()),
         "images": task.fingerprint,
-        "search": sha256_json([facts, settings.model_dump(mode="json"), draw]),
+        "search": sha256_json([facts, settings.model_dump(mode="json"), draw, device]),
     }
     record = work.read_record(path, inputs)
     if record is None:
@@ -81,6 +83,7 @@ def search_draw(
             seed=draw,
             checkpoint=checkpoint,
             progress=progress,
+            device=device,
         )
         write_yaml(path.with_suffix(".yaml"), settings_record(result.settings))
         work.write_record(path, result.to_json(), inputs)
@@ -93,15 +96,19 @@ class Judged:
     """Scores the judging cells under any settings, once each."""
 
     def __init__(
-        self, table: CellTable, rows: IntArray, space: NB201Space, task: ImageTask, work: RunFolder
+        self, table: CellTable, rows: IntArray, space: NB201Space, task: ImageTask, device: str
     ) -> None:
         self._archs, self._truth_N = table.archs(rows), table.truth_R[rows]
-        self._space, self._task, self._work = space, task, work
+        self._space, self._task, self._device = space, task, device
 
-    def quality(self, settings: EproxySettings, seed: int, label: str, progress: Progress) -> Json:
-        evaluator = make_eproxy(self._space, self._task, settings, total_steps=0, seed=seed, device="cpu")
-        key = sha256_json([settings_record(settings), seed])[:16]
-        scored = score_kept(evaluator, self._archs, self._work.path(f"judged-{key}.npz"), progress, label)
+    def quality(
+        self, settings: EproxySettings, seed: int, work: RunFolder, label: str, progress: Progress
+    ) -> Json:
+        evaluator = make_eproxy(
+            self._space, self._task, settings, total_steps=0, seed=seed, device=self._device
+        )
+        key = sha256_json([settings_record(settings), seed, self._device])[:16]
+        scored = score_kept(evaluator, self._archs, work.path(f"judged-{key}.npz"), progress, label)
         loss_N: FloatArray = scored.loss_N
         return {
             **rank_quality(loss_N, self._truth_N),
@@ -149,6 +156,10 @@ def arguments() -> Namespace:
     parser.add_argument("--data", default="cifar10", help="what the networks look at; default: cifar10")
     parser.add_argument("--work", type=Path, default=Path("exports/dps-nb201"), metavar="DIR")
     parser.add_argument("--draws", type=int, default=5)
+    parser.add_argument(
+        "--only", type=int, metavar="DRAW", help="this one alone, so that several processes share the work"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--known", type=int, default=20, help="cells of known accuracy per draw")
     parser.add_argument("--judged", type=int, default=1000, help="other cells that judge")
     parser.add_argument("--cells-per-stage", type=int, default=1)
@@ -176,24 +187,24 @@ def main() -> bool:
         members=asked.members,
         max_channels=asked.max_channels,
     )
-    work = RunFolder(asked.work)
+    judged = Judged(table, judging_rows, space, task, asked.device)
     draws: list[Json] = []
-    with work.locked():
-        judged = Judged(table, judging_rows, space, task, work)
-        for draw, rows in enumerate(known_rows):
-            found = search_draw(draw, known_cells(table, rows), space, task, settings, work, progress)
-            label = f"draw {draw}: judging"
+    for draw in range(asked.draws) if asked.only is None else [asked.only]:
+        work, known = RunFolder(asked.work / f"draw{draw}"), known_cells(table, known_rows[draw])
+        label = f"draw {draw}: judging"
+        with work.locked():
+            found = search_draw(draw, known, space, task, settings, work, progress, asked.device)
             draws.append(
                 {
                     "draw": draw,
                     **found.to_json(),
-                    "tuned": judged.quality(found.settings, draw, f"{label} tuned", progress),
-                    "default": judged.quality(EproxySettings(), draw, f"{label} default", progress),
+                    "tuned": judged.quality(found.settings, draw, work, f"{label} tuned", progress),
+                    "default": judged.quality(EproxySettings(), draw, work, f"{label} default", progress),
                 }
             )
     return evidence.finish(
         asked.json,
-        seeds=list(range(asked.draws)),
+        seeds=[int(draw["draw"]) for draw in draws],
         numbers={
             "data": asked.data,
             "known": asked.known,

@@ -38,7 +38,16 @@ from benchmarks.record import (
     start_tuned,
     whole_numbers,
 )
-from benchmarks.rivals import RANDOM, Entrant, Gym, chosen_tiers, comparable_recipe, random_members, train_all
+from benchmarks.rivals import (
+    RANDOM,
+    Entrant,
+    Gym,
+    add_workers,
+    chosen_tiers,
+    comparable_recipe,
+    random_members,
+    train_all,
+)
 from benchmarks.truth import Row, add_rows, key_of, read_rows
 from pipeline.artifacts import FileCheckpoint, RunFolder, read_arrays, read_yaml, sha256_json, write_arrays
 from pipeline.config import parse
@@ -320,6 +329,7 @@ def arguments() -> Namespace:
     parser.add_argument(
         "--variants", type=Path, metavar="FILE", help="YAML: name → evaluator, search settings"
     )
+    add_workers(parser)
     return parser.parse_args()
 
 
@@ -347,6 +357,7 @@ def main() -> bool:
     if not (folder / MANIFEST).is_file():
         raise RunFolderError(f"{asked.run_folder}: holds no finished run; finish it with `budgetline run`")
     run = open_run(folder, None, "command line", progress_for(Console(stderr=True)))
+    run.workers = asked.workers
     prepare_compute(run)
     work = RunFolder(asked.work or folder.with_name(f"{folder.name}-rivals"))
     gym = Gym(run, work, comparable_recipe(run.config.retrain, asked.epochs))

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -48,12 +48,13 @@ from pipeline.costs.bench import Bench
 from pipeline.costs.budgets import usage_of_budgets
 from pipeline.costs.counts import module_flops, module_params
 from pipeline.devices.hardware import usable_cores
-from pipeline.engine import Engine, InProcess, Processes, Share
+from pipeline.engine import Engine, InProcess, Processes
 from pipeline.errors import ConfigError, InfeasibleBudget, RunFolderError
 from pipeline.report.manifest import MANIFEST, read_manifest
 from pipeline.run import Run, open_run, prepare_compute
 from pipeline.spaces.base import SearchSpace
 from pipeline.spaces.mbconv import Plan
+from pipeline.stages.jobs import share_of
 from pipeline.stages.records import arch_of, record_of
 from pipeline.train.assess import assess
 from pipeline.train.recipe import Recipe
@@ -220,11 +221,11 @@ class Gym:
         return self.work.read_record(self.path(entrant, seed), self._inputs(seed))
 
     def engine(self) -> Engine:
-        cores = len(usable_cores())
-        if self.run.config.device != "cpu" or cores == 1:
+        share = share_of(self.run, len(usable_cores()))
+        if share.workers == 1:
             return InProcess(lambda job: JOBS[job["do"]](self.run, job))
         root, cache, progress = self.run.folder.root, self.run.cache, self.run.progress
-        return Processes("benchmarks.rivals", root, cache, Share(cores, threads=1), progress)
+        return Processes("benchmarks.rivals", root, cache, share, progress)
 
     def job(self, entrant: Entrant, seed: int, label: str) -> Json:
         return {
@@ -454,14 +455,20 @@ def origin_of(run: Run, tier: Tier) -> str | None:
 
 
 def paid_members(run: Run, tier: Tier, recipe: Recipe) -> int:
-    """How many networks could be trained instead in the tier's share of what search and derive took, at
-    least one: core seconds, and a training's as the tier's own network took."""
+    """How many networks could be trained instead in the tier's share of what search and derive took, as many
+    at a time as are trained here, at least one; a training takes what the tier's own network took."""
     stages = read_manifest(run.folder.root)["stages"]
-    cores = len(usable_cores())
-    share_s = cores * float(stages["search"] + stages["derive"]) / len(run.tiers)
+    at_once = share_of(run, len(usable_cores())).workers
+    share_s = at_once * float(stages["search"] + stages["derive"]) / len(run.tiers)
     own = record_of(run, tier, "retrain")
     training_s = float(own["seconds"]) * recipe.epochs / int(own["epochs"])
     return max(1, round(share_s / training_s))
+
+
+def add_workers(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="trainings side by side; default: one a core, 1 on a GPU"
+    )
 
 
 def _number_or_paid(text: str) -> int | None:
@@ -485,6 +492,7 @@ def arguments() -> Namespace:
         "--random", type=_number_or_paid, default=3, metavar="N|paid", help="random members per tier"
     )
     parser.add_argument("--uniform", type=int, default=2, help="uniform members per tier")
+    add_workers(parser)
     return parser.parse_args()
 
 
@@ -498,6 +506,7 @@ def main() -> bool:
     if not (folder / MANIFEST).is_file():
         raise RunFolderError(f"{asked.run_folder}: holds no finished run; finish it with `budgetline run`")
     run = open_run(folder, None, "command line", progress_for(Console(stderr=True)))
+    run.workers = asked.workers
     prepare_compute(run)
     seeds: list[int] = asked.seeds
     tiers = chosen_tiers(run, asked.tiers)

@@ -76,7 +76,8 @@ Workers = Annotated[
     typer.Option(
         min=1,
         envvar="BUDGETLINE_WORKERS",
-        help="Trainings side by side; default one a tier, as cores allow. 1 takes the least memory.",
+        help="Trainings side by side; default one a tier, as cores allow, and 1 on a GPU. 1 takes the least "
+        "memory.",
     ),
 ]
 EngineName = Annotated[

@@ -243,7 +243,6 @@ def prepare_compute(run: Run) -> None:
                 f"device: {run.config.device} was asked for, but torch {torch.__version__} finds "
                 f"{usable or 'no'} GPUs that work; use --device cpu, or see `budgetline doctor`"
             )
-        torch.backends.cudnn.benchmark = True
     torch.set_flush_denormal(True)
 
 

@@ -213,12 +213,12 @@ class Eproxy:
 
     def error(self, arch: Arch) -> float:
         """E, whatever α and β are."""
-        network = build_seeded(self._space, arch, self._seed).to(self._device)
+        network = build_seeded(self._space, arch, self._seed)
         random = generator(self._seed, _NETWORK)
         for parameter in network.parameters():
             if parameter.dim() > 1:
                 initialise(parameter, self._settings.network_weights, random)
-        with watching(network) as stages:
+        with watching(network.to(self._device)) as stages:
             return self._learn(network, stages)
 
     def _learn(self, network: nn.Module, stages: Stages) -> float:

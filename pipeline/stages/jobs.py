@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.devices.hardware import usable_cores
-from pipeline.engine import Engine, InProcess, Processes, share_cores
+from pipeline.engine import Engine, InProcess, Processes, Share, share_cores
 from pipeline.run import RUN_FILE, Run
 from pipeline.types import Json
 
@@ -24,17 +24,22 @@ ReadBy = Callable[[Run, Json], Iterable[Path]]
 
 def engine_for(run: Run, module: str, jobs: Jobs, read_by: ReadBy, side_by_side: bool = True) -> Engine:
     """What does the `jobs` of a stage's `module`: the cluster, if there is one. Else ranks train one network
-    at a time, together, and so does a GPU; on a CPU as many are trained as there are tiers, each on its
-    share of the cores. A training's share decides the order of its sums, and so its last bits: it follows
-    from the run and the machine alone, never from what is left to do."""
+    at a time, together; without them there are `share_of` the run's machine."""
     if run.cluster is not None:
         reads = partial(_files_for, run, read_by)
         return run.cluster.engine(module, run.folder.root, run.task.fingerprint, reads, run.workers)
-    share = share_cores(len(usable_cores()), run.workers or len(run.tiers))
-    alone = run.ranks.size > 1 or run.config.device != "cpu" or share.workers == 1
-    if alone or not side_by_side:
+    share = share_of(run, len(run.tiers))
+    if run.ranks.size > 1 or share.workers == 1 or not side_by_side:
         return InProcess(lambda job: jobs[job["do"]](run, job))
     return Processes(module, run.folder.root, run.cache, share, run.progress)
+
+
+def share_of(run: Run, on_cpu: int) -> Share:
+    """As many workers as were asked for; by default `on_cpu` of them on a CPU, as far as its cores go, and
+    one on a GPU: small networks leave most of a GPU idle, but nothing here knows how many it has room for.
+    A training's share of the cores decides the order of its sums, and so its last bits: it follows from the
+    run and the machine alone, never from what is left to do."""
+    return share_cores(len(usable_cores()), run.workers or (on_cpu if run.config.device == "cpu" else 1))
 
 
 def _files_for(run: Run, read_by: ReadBy, job: Json) -> list[Path]:

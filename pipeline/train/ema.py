@@ -38,8 +38,8 @@ class Ema:
     def update(self, updates: int) -> None:
         """Take in the network's present weights; `updates` is how often this was called before."""
         torch._foreach_lerp_(self._averages, self._present, 1 - effective_decay(self.decay, updates))
-        for counter, present in zip(self._counters, self._present_counters, strict=True):
-            counter.copy_(present)
+        if self._counters:
+            torch._foreach_copy_(self._counters, self._present_counters)
 
 
 def _floats_and_counters(network: nn.Module) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -72,7 +72,8 @@ class Recipe(Settings):
     takes the first weights from; the architecture split is read every `evaluate_every` epochs, counted back
     from the last one. bf16 is autocast: it pays on GPUs, and slows depthwise networks down on CPUs;
     `compile` (torch.compile, which needs a C++ compiler) costs a minute before the first step and brings
-    nothing to these networks on a CPU."""
+    nothing to these networks on a CPU; with `cuda_graph` a GPU gets its steps as a whole (`graphs.py`), where
+    they are all alike."""
 
     epochs: int = Field(20, ge=1)
     batch_size: int = Field(64, ge=2)
@@ -90,6 +91,7 @@ class Recipe(Settings):
     start: Literal["scratch", "supernet"] = "scratch"
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
+    cuda_graph: bool = True
     evaluate_every: int = Field(1, ge=1)
 
     @model_validator(mode="after")
@@ -100,11 +102,11 @@ class Recipe(Settings):
 
     @model_serializer(mode="wrap")
     def _leave_out_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `adversarial`, `cutout` and `compile` a recipe is written, and hashed, as it was before
-        there were any."""
+        """Where `adversarial`, `cutout`, `compile` and `cuda_graph` are as they come, a recipe is written,
+        and hashed, as it was before there were any."""
         values: dict[str, Any] = dump(self)
-        for name in ("adversarial", "cutout", "compile"):
-            if not getattr(self, name):
+        for name in ("adversarial", "cutout", "compile", "cuda_graph"):
+            if getattr(self, name) == type(self).model_fields[name].default:
                 values.pop(name, None)
         return values
 

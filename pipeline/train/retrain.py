@@ -35,6 +35,7 @@ from pipeline.evaluators import attack
 from pipeline.ranks import ALONE, Ranks, part_of
 from pipeline.train.assess import Assessment, Perturb, evaluate
 from pipeline.train.ema import Ema
+from pipeline.train.graphs import Graphed, Step, tuned_convolutions
 from pipeline.train.recipe import Adversarial, Distil, Recipe, decay_groups
 from pipeline.types import Arrays, Checkpoint, IntArray, Json, Progress
 
@@ -174,7 +175,11 @@ def retrain(
     run = _Run(network, task, recipe, seed, label, device, teacher, ranks)
     run.resume(checkpoint, progress)
     run.agree_on_start()
-    with seeded(seed), progress.track(label, run.steps, run.step) as advance:
+    with (
+        seeded(seed),
+        tuned_convolutions(torch.device(device)),
+        progress.track(label, run.steps, run.step) as advance,
+    ):
         run.train(checkpoint, advance, checkpoint_seconds)
     return run.finish()
 
@@ -214,13 +219,15 @@ class _Run:
         self.teacher = teacher
         if teacher is not None:
             teacher.to(device=device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        graphed = self._is_always_the_same()
         self.optimizer = torch.optim.SGD(
             decay_groups(network, recipe.weight_decay),
-            lr=recipe.lr,
+            lr=torch.tensor(recipe.lr, device=device) if graphed else recipe.lr,
             momentum=recipe.momentum,
             nesterov=recipe.nesterov,
             fused=True,
         )
+        self.update: Step = Graphed(self._update, torch.device(device)) if graphed else self._update
         self.ema = Ema(network, recipe.ema_decay) if recipe.ema_decay > 0 else None
         self.made_for: Json = {  # what must be the same for a checkpoint to be of this training
             "recipe": recipe.model_dump(mode="json"),
@@ -264,22 +271,43 @@ class _Run:
             last = time.monotonic()
 
     def _train_step(self) -> None:
-        lr = self.recipe.learning_rate(self.step, self.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self._set_rate(self.recipe.learning_rate(self.step, self.steps))
         torch.manual_seed(_step_seed(self.seed, self.step, _DROPOUT, self.ranks.rank))
         images_NCHW, labels_N = self._own_part(*self.batches.at(self.step))
-        images_NCHW, labels_N = images_NCHW.to(self.device), labels_N.to(self.device)
+        loss = self.update(images_NCHW.to(self.device), labels_N.to(self.device))
+        if self.ema is not None:
+            self.ema.update(self.step)
+        self.step += 1
+        self._unread.append(self._of_all_ranks(loss, len(labels_N)))
+
+    def _set_rate(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
+    def _update(self, images_NCHW: Tensor, labels_N: Tensor) -> Tensor:
+        """One optimiser step; the loss it was taken on."""
         loss = self._loss(self._perturbed(images_NCHW, labels_N), labels_N)
         self.optimizer.zero_grad(set_to_none=True)
         self._backward(loss, len(labels_N))
         if self.recipe.clip_norm > 0:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip_norm, foreach=True)
         self.optimizer.step()
-        if self.ema is not None:
-            self.ema.update(self.step)
-        self.step += 1
-        self._unread.append(self._of_all_ranks(loss.detach(), len(labels_N)))
+        return loss.detach()
+
+    def _is_always_the_same(self) -> bool:
+        """Whether all steps are alike, on a GPU, so that one can be recorded and repeated. Paths that are
+        dropped more and more, attacks and other ranks have the host take part."""
+        return (
+            torch.device(self.device).type == "cuda"
+            and self.recipe.cuda_graph
+            and self.recipe.adversarial is None
+            and not self.recipe.compile
+            and self.aided is None
+            and self.ranks.size == 1
+        )
 
     def _perturbed(self, images_NCHW: Tensor, labels_N: Tensor) -> Tensor:
         """What the recipe makes of a batch. It is attacked in evaluation mode: no running statistics change,

@@ -254,17 +254,17 @@ def test_a_draw_is_searched_once_and_judged_beside_the_default(
     assert {k.accuracy for k in known} <= set(table.truth_R[rows].tolist())
     space, work = space_of(TASK.image_shape, 3, 1), RunFolder(tmp_path)
     settings = DpsSettings(population=2, tournament=1, evaluations=3, held_back=0.0, max_channels=16)
-    found = search_draw(0, known, space, TASK, settings, work, Silent())
-    assert (tmp_path / "draw0.yaml").exists() and not (tmp_path / "draw0.npz").exists()
+    found = search_draw(0, known, space, TASK, settings, work, Silent(), "cpu")
+    assert (tmp_path / "search.yaml").exists() and not (tmp_path / "search.npz").exists()
     monkeypatch.setattr("benchmarks.dps_nb201.search_settings", lambda *a, **k: pytest.fail("searched again"))
-    assert search_draw(0, known, space, TASK, settings, work, Silent()) == found
+    assert search_draw(0, known, space, TASK, settings, work, Silent(), "cpu") == found
     with pytest.raises(StaleArtifact):
-        search_draw(0, known[1:], space, TASK, settings, work, Silent())
+        search_draw(0, known[1:], space, TASK, settings, work, Silent(), "cpu")
     others = table.draw(10, 1, without=rows)
-    judged = Judged(table, others, space, TASK, work)
+    judged = Judged(table, others, space, TASK, "cpu")
     quick = EproxySettings(batch_size=4, iterations=2, branches=(Branch(channels=4),))
-    default = judged.quality(quick, 0, "toy", Silent())
-    assert judged.quality(quick, 0, "toy", Silent()) == default
+    default = judged.quality(quick, 0, work, "toy", Silent())
+    assert judged.quality(quick, 0, work, "toy", Silent()) == default
     draws = [{"draw": 0, **found.to_json(), "tuned": {**default, "rho": 0.9}, "default": default}]
     (target,) = dps_targets(draws)
     assert target.passed and target.name == "mean ρ of 1 draws after tuning"
