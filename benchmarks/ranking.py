@@ -1,8 +1,8 @@
 """How well what a search could look at ranks networks of equal cost by their accuracy after training alone.
 
-From a finished run: random members of each chosen tier's band (93 to 100 % of the budget, as predicted) are
-retrained by one recipe, the first few with a second seed as well, which bounds what any ranking can reach.
-Then every signal ranks them:
+From a run whose search is finished: random members of each chosen tier's band (93 to 100 % of the budget,
+as predicted) are retrained by one recipe, the first few with a second seed as well, which bounds what any
+ranking can reach. Then every signal ranks them:
 
 - `run`: the run's evaluator as its search left it;
 - evaluators of the catalogue that need no training, by name (`--evaluators`);
@@ -55,7 +55,6 @@ from pipeline.costs.budgets import usage_of_budgets
 from pipeline.errors import ConfigError, RunFolderError
 from pipeline.evaluators import EVALUATORS
 from pipeline.progress import NoCheckpoint
-from pipeline.report.manifest import MANIFEST
 from pipeline.run import Run, open_run, prepare_compute
 from pipeline.search import METHODS
 from pipeline.stages.networks import searched_evaluator
@@ -317,7 +316,7 @@ def table_of(signals: dict[str, Json], bands: Sequence[Band], again: Json | None
 
 def arguments() -> Namespace:
     parser = parser_for("ranking", __doc__, "--run-folder exports/cifar10 --tiers xs,m --json ranking.json")
-    parser.add_argument("--run-folder", type=Path, required=True, metavar="FOLDER", help="a finished run")
+    parser.add_argument("--run-folder", type=Path, required=True, metavar="FOLDER", help="a run, searched")
     parser.add_argument("--work", type=Path, metavar="DIR", help="default: FOLDER-rivals, beside FOLDER")
     parser.add_argument("--table", type=Path, default=TABLE, help="CSV of trainings; default: %(default)s")
     parser.add_argument("--tiers", help="names with commas between; default: all")
@@ -354,8 +353,10 @@ def main() -> bool:
 
     evidence = Evidence("ranking")
     folder: Path = asked.run_folder.resolve()
-    if not (folder / MANIFEST).is_file():
-        raise RunFolderError(f"{asked.run_folder}: holds no finished run; finish it with `budgetline run`")
+    if not (folder / "search" / "result.json").is_file():
+        raise RunFolderError(
+            f"{asked.run_folder}: holds no finished search; finish it with `budgetline search`"
+        )
     run = open_run(folder, None, "command line", progress_for(Console(stderr=True)))
     run.workers = asked.workers
     prepare_compute(run)

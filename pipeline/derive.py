@@ -181,6 +181,29 @@ class Device(Protocol):
     def time_as_shipped(self, arch: Arch) -> LatencyRecord: ...
 
 
+class Remembered:
+    """What an evaluator that learns no more says of architectures, each asked about once: tiers and rounds
+    look at many of the same. `quick` answers are on one step's images, `thorough` ones the most exact."""
+
+    def __init__(self, evaluator: Evaluator) -> None:
+        self._evaluator = evaluator
+        self._known: dict[tuple[Arch, bool], float] = {}
+
+    def quick(self, archs: Sequence[Arch]) -> FloatArray:
+        return self._losses(archs, False)
+
+    def thorough(self, archs: Sequence[Arch]) -> FloatArray:
+        return self._losses(archs, True)
+
+    def _losses(self, archs: Sequence[Arch], thorough: bool) -> FloatArray:
+        """Shape (N,)."""
+        unknown = [arch for arch in dict.fromkeys(archs) if (arch, thorough) not in self._known]
+        if unknown:
+            losses_N = self._evaluator.losses(unknown, step=0, thorough=thorough)[:, 0]
+            self._known |= {(a, thorough): float(x) for a, x in zip(unknown, losses_N, strict=True)}
+        return np.array([self._known[arch, thorough] for arch in archs])
+
+
 Usage = Callable[[Sequence[Arch]], FloatArray]
 """Share of a budget, shape (N,)."""
 
@@ -197,7 +220,7 @@ class Deriver:
     tier: Tier
     space: ChoiceSpace
     settings: DeriveSettings
-    evaluator: Evaluator
+    evaluator: Remembered
     uniform: frozenset[Arch]
     device: Device | None
     counted: Usage
@@ -303,9 +326,9 @@ class Deriver:
 
     def _finalists(self, pool: Sequence[Arch], timed: Usage, rng: Generator) -> tuple[Finalist, ...]:
         members = self._members(self._filled(pool, timed, rng), timed)
-        quick_N = self.evaluator.losses(members[: 8 * self.settings.rescored], step=0)[:, 0]
+        quick_N = self.evaluator.quick(members[: 8 * self.settings.rescored])
         short = self._shortlist(members, quick_N, rng)
-        losses_N = self.evaluator.losses(short, step=0, thorough=True)[:, 0]
+        losses_N = self.evaluator.thorough(short)
         counted_N = self.counted(short)
         usage_N = np.maximum(timed(short), counted_N)
         return choose_finalists(short, losses_N, usage_N, counted_N, self.uniform, self.settings, rng)

@@ -16,6 +16,7 @@ from pipeline.derive import (
     Deriver,
     DeriveSettings,
     Finalist,
+    Remembered,
     Trial,
     Usage,
     band,
@@ -153,7 +154,7 @@ def deriver(**changed: Any) -> Deriver:
         "tier": tier,
         "space": TableSpace("t", [Slot("only", tuple(map(str, range(40))))]),
         "settings": SETTINGS,
-        "evaluator": TabularEvaluator(rows, LOSS),
+        "evaluator": Remembered(TabularEvaluator(rows, LOSS)),
         "uniform": frozenset(ARCHS[::10]),
         "device": FakeDevice(true_ms),
         "counted": lambda archs: np.zeros(len(archs)),
@@ -162,6 +163,22 @@ def deriver(**changed: Any) -> Deriver:
         "say": lambda message: None,
     }
     return Deriver(**{**made, **changed})
+
+
+def test_an_evaluator_is_asked_about_each_architecture_once() -> None:
+    asked: list[tuple[Arch, bool]] = []
+
+    class Listens(TabularEvaluator):
+        def losses(self, archs: Sequence[Arch], *, step: int, thorough: bool = False) -> FloatArray:
+            asked.extend((arch, thorough) for arch in archs)
+            return super().losses(archs, step=step, thorough=thorough)
+
+    known = Remembered(Listens(np.arange(40).reshape(-1, 1), LOSS))
+    np.testing.assert_array_equal(known.quick([ARCHS[3], ARCHS[1], ARCHS[3]]), [LOSS[3], LOSS[1], LOSS[3]])
+    np.testing.assert_array_equal(known.quick(ARCHS[:4]), LOSS[:4])
+    np.testing.assert_array_equal(known.thorough(ARCHS[:2]), LOSS[:2])
+    assert known.quick([]).shape == (0,)
+    assert len(asked) == len(set(asked)) == 6
 
 
 PARAMS = Tier("params", "s", (Limit("params", 100.0, False, "100"),))

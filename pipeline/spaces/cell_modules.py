@@ -34,6 +34,7 @@ from pipeline.spaces.cell import (
     run_cell,
     run_network,
 )
+from pipeline.spaces.pooling import average_pool
 from pipeline.types import Arch
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class Operators:
         if operation == "max3":
             pooled = F.max_pool2d(x, POOL_KERNEL, stride, pad)
         else:
-            pooled = F.avg_pool2d(x, POOL_KERNEL, stride, pad, count_include_pad=False)
+            pooled = average_pool(x, POOL_KERNEL, stride, pad)
         return _normalise(pooled) if self._norm == "pools" else pooled
 
     def join(self, values: Sequence[Tensor]) -> Tensor:

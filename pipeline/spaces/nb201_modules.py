@@ -25,6 +25,7 @@ from pipeline.spaces.nb201 import (
     operate,
     run_cell,
 )
+from pipeline.spaces.pooling import average_pool
 from pipeline.types import Arch
 
 if TYPE_CHECKING:
@@ -242,7 +243,7 @@ def _normalise(x: Tensor) -> Tensor:
 
 
 def _average(x: Tensor) -> Tensor:
-    return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+    return average_pool(x, 3, 1, 1)
 
 
 def _normalised_average(x: Tensor) -> Tensor:

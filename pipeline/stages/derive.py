@@ -13,7 +13,7 @@ import numpy as np
 from pipeline.artifacts import FileCheckpoint, sha256_json
 from pipeline.costs.budgets import usage_of_budgets
 from pipeline.costs.table import LATENCY, CautiousCosts
-from pipeline.derive import Deriver, Usage
+from pipeline.derive import Deriver, Remembered, Usage
 from pipeline.engine import Engine
 from pipeline.run import Run
 from pipeline.stages.jobs import Jobs, engine_for
@@ -27,7 +27,7 @@ from pipeline.stages.records import (
     write_record,
 )
 from pipeline.train.recipe import Recipe
-from pipeline.types import Arch, CostTable, Evaluator, Json, Tier
+from pipeline.types import Arch, CostTable, Json, Tier
 
 
 def derive_stage(run: Run, only: str | None = None) -> None:
@@ -35,7 +35,7 @@ def derive_stage(run: Run, only: str | None = None) -> None:
     waiting = [t for t in chosen_tiers(run, only) if find_record(run, t, "derive", inputs) is None]
     if not waiting:
         return
-    evaluator = searched_evaluator(run)
+    evaluator = Remembered(searched_evaluator(run))
     pool = _candidate_pool(run)
     with engine_for(run, __name__, JOBS, _read_by_trial) as engine:
         for tier in waiting:
@@ -62,7 +62,7 @@ def _inputs(run: Run) -> dict[str, str]:
     }
 
 
-def _deriver(run: Run, tier: Tier, evaluator: Evaluator, engine: Engine) -> Deriver:
+def _deriver(run: Run, tier: Tier, evaluator: Remembered, engine: Engine) -> Deriver:
     def refit(archs: Sequence[Arch], measured_ms: Sequence[float]) -> Usage:
         model = run.costs[tier.device].latency
         assert model is not None

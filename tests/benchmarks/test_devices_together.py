@@ -26,10 +26,10 @@ def manifest(device: str, evaluations: int, test: float) -> Json:
 def test_a_run_for_every_device_and_one_for_all() -> None:
     config = read_config(several_devices.RUN)
     made = several_devices.variants(config)
-    assert list(made) == ["together", "one-thread", "two-threads", "batch-8"]
+    assert list(made) == ["together", "batch-1", "batch-4", "batch-32"]
     assert made["together"] is config
-    alone = parse(made["batch-8"], "batch-8")
-    assert [profile.name for profile in alone.profiles] == ["batch-8"]
+    alone = parse(made["batch-32"], "batch-32")
+    assert [profile.name for profile in alone.profiles] == ["batch-32"]
     assert alone.search == parse(config, "all").search
 
 

@@ -93,14 +93,18 @@ def test_bf16_learns(gpu: str) -> None:
 
 @pytest.mark.parametrize("order", ["first", "second"])
 @pytest.mark.parametrize("name", ["relaxed", "relaxed-adversarial"])
-def test_a_mixtures_gradient_is_the_cpus(name: str, order: str, gpu: str) -> None:
+def test_a_mixtures_gradient_is_the_cpus(
+    name: str, order: str, gpu: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left of a gradient whose parts nearly cancel is no place for rounding."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     found: list[FloatArray] = []
     for device in (gpu, "cpu"):
         evaluator = make(name, CELLS, device, order=order, **SMALL)
         mix_EO = np.random.default_rng(0).uniform(0.1, 0.9, (len(evaluator.edges), 5))
         _, gradient_1EO = evaluator.losses_and_grads(mix_EO, step=0)
         found.append(gradient_1EO[0])
-    assert np.corrcoef(found[0].ravel(), found[1].ravel())[0, 1] > 0.98
+    assert np.corrcoef(found[0].ravel(), found[1].ravel())[0, 1] > 0.99
 
 
 @pytest.mark.parametrize("space", [STAGES, CELLS], ids=["mbconv", "nb201"])
