@@ -36,6 +36,9 @@ class GuideSettings(Settings):
     """How often a tier's best are bred on predictions."""
     first_evaluations: int = Field(default=20, ge=2)
     """Evaluations before the surrogate is believed."""
+    confirm_after: int = Field(default=100, ge=0)
+    """Evaluations after which, where answers are noisy, one of each tier's samples asks again for what has
+    answered best within its budget: the best of many noisy answers is mostly a lucky one."""
     memory: int = Field(default=800, ge=16)
     """The latest so many evaluations are remembered."""
     low: float = Field(default=0.5, ge=0, lt=1)
@@ -220,8 +223,8 @@ class _Guide:
 
     def _promising(self, state: Guided, rng: Generator) -> list[IntArray]:
         """Per tier: the most promising architectures. None twice, while there are others, unless answers
-        drift: where they are noisy, a neighbour says as much of the known one as asking it again, and more of
-        others."""
+        drift or one is to be confirmed: where they are noisy, a neighbour says as much of the known one as
+        asking it again, and more of others."""
         taken = set() if self.drifts else set(map(tuple, state.choices_ES.tolist()))
         num, model = self.config.samples_per_tier, self._surrogate(state)
         known = self._known(state, model)
@@ -235,6 +238,24 @@ class _Guide:
             order_N = order_N[np.lexsort((mean_N - self.config.optimism * deviation_N, ~new_N[order_N]))]
             chosen_KNS.append(np.resize(pool_NS[order_N[:num]], (num, len(self.sizes))))
             taken |= set(map(tuple, chosen_KNS[-1].tolist()))
+        return self._with_the_best_so_far(state, chosen_KNS) if self._confirms(state) else chosen_KNS
+
+    def _confirms(self, state: Guided) -> bool:
+        evaluator = self.problem.evaluator
+        return evaluator.noisy and not evaluator.trains and int(state.told) >= self.config.confirm_after
+
+    def _with_the_best_so_far(self, state: Guided, chosen_KNS: list[IntArray]) -> list[IntArray]:
+        """What has the least mean answer within a tier's budget takes its last place, once for all tiers."""
+        rows_NS, index_E = np.unique(state.choices_ES, axis=0, return_inverse=True)
+        index_E = index_E.reshape(-1)
+        mean_N = np.bincount(index_E, state.losses_E) / np.bincount(index_E)
+        answer_NK = np.where(self.problem.usage_of(rows_NS) <= 1, mean_N[:, None], np.inf)
+        confirmed: set[int] = set()
+        for chosen_NS, answer_N in zip(chosen_KNS, answer_NK.T, strict=True):
+            best = int(answer_N.argmin())
+            if best not in confirmed and np.isfinite(answer_N[best]):
+                chosen_NS[-1] = rows_NS[best]
+                confirmed.add(best)
         return chosen_KNS
 
     def _known(self, state: Guided, model: Surrogate) -> tuple[IntArray, FloatArray, FloatArray]:

@@ -156,6 +156,18 @@ def test_noise_does_not_lead_it_astray() -> None:
     assert mean_regret("importance", Importance(), 240, noise=0.5) < 0.15
 
 
+@pytest.mark.parametrize("noise", [0.5, 0.0])
+def test_what_answered_best_is_asked_again_where_answers_are_noisy(noise: float) -> None:
+    config = parse_settings(Importance, {"surrogate": {"confirm_after": 60}}, "test")
+    problem = toy(3, 0, 150, noise)
+    result = search(problem, config)
+    again = sum(candidate.evaluations - 1 for candidate in result.candidates)
+    rounds_after = (150 - 60) / (3 * config.surrogate.samples_per_tier)
+    assert again >= rounds_after if noise else again == 0
+    early = search(toy(3, 0, 60, noise), config)
+    assert all(candidate.evaluations == 1 for candidate in early.candidates)
+
+
 @pytest.mark.skipif(not NB201.exists(), reason="the NAS-Bench-201 table is not at ../shared/data")
 def test_on_nas_bench_201_it_beats_independent_runs() -> None:
     table = load_benchmark(NB201)
