@@ -370,9 +370,10 @@ def plot(results: Mapping[str, Results], floor: float, path: Path) -> None:
     qualities = results[OURS].course
     figure, axes = pyplot.subplots(1, len(qualities), figsize=(6 * len(qualities), 4.5), squeeze=False)
     for axis, quality in zip(axes[0], qualities, strict=True):
+        shown = slice(COUNTS[0] // GRID - 1, COUNTS[-1] // GRID)
+        at_G = GRID * np.arange(1, COUNTS[-1] // GRID + 1)[shown]
         for name, found in results.items():
-            course_ZG = found.course[quality][:, : COUNTS[-1] // GRID]
-            at_G = GRID * np.arange(1, course_ZG.shape[1] + 1)
+            course_ZG = found.course[quality][:, shown]
             low_G, high_G = interval(course_ZG)
             width = 2.5 if name == OURS else 1.2
             (line,) = axis.plot(at_G, course_ZG.mean(axis=0), label=name, linewidth=width)
@@ -380,7 +381,9 @@ def plot(results: Mapping[str, Results], floor: float, path: Path) -> None:
         if quality == "truth" and floor > 0:
             axis.axhline(floor, color="grey", linestyle=":", label="best signal taken")
         axis.set(xlabel="evaluations", ylabel=f"mean regret, {quality}", xscale="log", yscale="log")
-        axis.set_xlim(left=COUNTS[0])
+        axis.set_xlim(COUNTS[0], COUNTS[-1])
+        axis.set_xticks(COUNTS, [str(count) for count in COUNTS])
+        axis.set_xticks([], minor=True)
         axis.grid(alpha=0.3, which="both")
     axes[0][-1].legend(fontsize=8)
     figure.tight_layout()
