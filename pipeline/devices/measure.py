@@ -71,6 +71,7 @@ REFERENCE_LEVEL = 0.03  # above the reference's level over the whole measurement
 
 ATTEMPTS = 4
 PAUSE_S = 15.0
+CLOCK_S = 120.0  # of pauses for a clock that has moved, all measurements together
 
 Advance = Callable[[int, str], None]
 Timed = TypeVar("Timed")
@@ -392,18 +393,21 @@ def _require_quiet(
 class Patience:
     """How a busy or slow machine is waited for: `attempts` with pauses between.
 
-    A shared machine's clock that has moved stays there for hours. So where it was waited for in vain, the
-    speed that it came to is what is waited for next, until the machine is once more about as fast as when
-    its costs were measured."""
+    A shared machine's clock that has moved stays there for hours, or comes and goes. So where it was waited
+    for in vain, the speed that it came to is what is waited for next, until the machine is once more about as
+    fast as when its costs were measured; and it is waited for `clock_s` seconds in all, since latencies are
+    corrected for it anyway."""
 
     def __init__(
         self,
         attempts: int = ATTEMPTS,
         pause_s: float = PAUSE_S,
         sleep: Callable[[float], None] = time.sleep,
+        clock_s: float = CLOCK_S,
     ) -> None:
         self._attempts, self._pause_s, self._sleep = attempts, pause_s, sleep
         self._usual_drift = 1.0
+        self._clock_s = clock_s
 
     def wait_for(
         self,
@@ -424,9 +428,11 @@ class Patience:
                 say(f"{disturbed}; waiting to try again")
             else:
                 drift = max(map(drift_of, records), default=1.0)
-                if drift <= self._usual_drift * (1 + MAX_DRIFT) or not left:
+                out_of_patience = self._clock_s <= 0 and drift <= 1 + REFUSED_DRIFT
+                if drift <= self._usual_drift * (1 + MAX_DRIFT) or not left or out_of_patience:
                     self._usual_drift = drift if drift > 1 + MAX_DRIFT else 1.0
                     return records
+                self._clock_s -= self._pause_s
                 say(f"the machine is {drift:.2f} times slower than when profiled; waiting")
             self._sleep(self._pause_s)
         raise AssertionError("the last attempt returns or raises")

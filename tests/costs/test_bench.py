@@ -198,6 +198,17 @@ def test_a_clock_that_moved_is_waited_for_once(tmp_path: Path, model: LatencyMod
     assert len(slept) == 2 * waited, "and again once it had been as fast as it was"
 
 
+def test_a_clock_that_comes_and_goes_is_not_waited_for_for_ever(tmp_path: Path, model: LatencyModel) -> None:
+    watch, slept = Stopwatch(*[1.3, 1.0] * 9, 1.7, 1.0), list[float]()
+    patience = Patience(sleep=slept.append, clock_s=3 * PAUSE_S)
+    for number in range(12):  # three times it is waited for and comes back, then taken as it is
+        make(tmp_path / str(number), watch, model, patience=patience).time(ARCHS[:1])
+    assert len(slept) == 3 and len(watch.calls) == 15
+    for number in range(12, 16):
+        make(tmp_path / str(number), watch, model, patience=patience).time(ARCHS[:1])
+    assert len(slept) == 4, "what would be refused is waited for all the same"
+
+
 def test_more_than_a_moved_clock_is_waited_for(tmp_path: Path, model: LatencyModel) -> None:
     watch, slept = Stopwatch(*[1.3] * ATTEMPTS, 1.7, 1.3), list[float]()
     patience = Patience(sleep=slept.append)
