@@ -82,6 +82,7 @@ def test_cutout_covers_and_changes_nothing_else(make_task: MakeTask) -> None:
 
 
 def test_images_lie_on_a_device_once(make_task: MakeTask) -> None:
+    gc.collect()  # what other tests have left
     task = make_task()
     one, other = (batches(task, on_device=True, seed=seed) for seed in (1, 2))
     assert one._loader._resident is other._loader._resident is not None
