@@ -37,8 +37,8 @@ class GuideSettings(Settings):
     first_evaluations: int = Field(default=20, ge=2)
     """Evaluations before the surrogate is believed."""
     confirm_after: int = Field(default=100, ge=0)
-    """Evaluations after which, where answers are noisy, one of each tier's samples asks again for what has
-    answered best within its budget: the best of many noisy answers is mostly a lucky one."""
+    """Evaluations after which, where answers are noisy, one of each tier's several samples asks again for
+    what has answered best within its budget: the best of many noisy answers is mostly a lucky one."""
     memory: int = Field(default=800, ge=16)
     """The latest so many evaluations are remembered."""
     low: float = Field(default=0.5, ge=0, lt=1)
@@ -241,8 +241,9 @@ class _Guide:
         return self._with_the_best_so_far(state, chosen_KNS) if self._confirms(state) else chosen_KNS
 
     def _confirms(self, state: Guided) -> bool:
-        evaluator = self.problem.evaluator
-        return evaluator.noisy and not evaluator.trains and int(state.told) >= self.config.confirm_after
+        evaluator, config = self.problem.evaluator, self.config
+        is_noise = evaluator.noisy and not evaluator.trains
+        return is_noise and config.samples_per_tier > 1 and int(state.told) >= config.confirm_after
 
     def _with_the_best_so_far(self, state: Guided, chosen_KNS: list[IntArray]) -> list[IntArray]:
         """What has the least mean answer within a tier's budget takes its last place, once for all tiers."""
