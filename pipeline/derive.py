@@ -40,7 +40,9 @@ class DeriveSettings(Settings):
     most; what is counted is exact and may be used up. Of the `rescored` members that the evaluator is asked
     about thoroughly, the `best`, `uniform` and `random` ones become finalists. They are timed, and tried for
     `trial_epochs`. When timed, `guard` of the budget must stay free, and networks that use less than `least`
-    come last. `samples` are drawn from each of the search's distributions, beside what it has seen."""
+    come last. `samples` are drawn from each of the search's distributions, beside what it has seen. A tier
+    whose finished network is measured over its latency budget after all is derived and trained again,
+    `attempts` times in all."""
 
     low: float = Field(0.975, gt=0, lt=1)
     high: float = Field(0.985, gt=0, le=1)
@@ -52,6 +54,7 @@ class DeriveSettings(Settings):
     random: int = Field(1, ge=0)
     uniform: int = Field(1, ge=0)
     trial_epochs: int = Field(1, ge=0)
+    attempts: int = Field(3, ge=1)
     trusted_correlation: float = Field(0.5, ge=-1, le=1)
 
     @model_validator(mode="after")

@@ -6,6 +6,7 @@
     ├── DataError              images cannot be used as asked
     ├── InfeasibleBudget       no architecture of the space keeps a tier's budget
     ├── BudgetMissed           a finished network was measured over its budget
+    │   └── NetworkRefused     … and another can be chosen in its place
     ├── ProviderError          an execution provider cannot be opened, or is not the one asked for
     ├── MeasurementError       the machine is too disturbed to measure with the asked precision
     ├── AwaitingDevice         networks wait to be timed on a device that is not this machine
@@ -42,6 +43,9 @@ class InfeasibleBudget(BudgetlineError): ...
 
 
 class BudgetMissed(BudgetlineError): ...
+
+
+class NetworkRefused(BudgetMissed): ...
 
 
 class ProviderError(BudgetlineError): ...

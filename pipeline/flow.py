@@ -19,11 +19,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from pipeline.errors import NetworkRefused
 from pipeline.run import Run
 from pipeline.stages.derive import derive_stage
 from pipeline.stages.export import export_stage
 from pipeline.stages.measure import measure_stage
 from pipeline.stages.profile import profile_stage
+from pipeline.stages.records import TIER_RECORDS
 from pipeline.stages.report import report_stage
 from pipeline.stages.retrain import retrain_stage
 from pipeline.stages.search import search_stage
@@ -43,9 +45,23 @@ the last answers the manifest."""
 
 
 def run_all(run: Run) -> Json:
-    """From images to the manifest; goes on where an earlier call stopped."""
-    *stages, report = STAGES.values()
-    for stage in stages:
-        stage(run)
-    manifest: Json = report(run)
+    """From images to the manifest; goes on where an earlier call stopped. A tier whose finished network was
+    refused is derived again (`derive.attempts`)."""
+    STAGES["profile"](run)
+    STAGES["search"](run)
+    while not _make_tiers(run):
+        pass
+    manifest: Json = STAGES["report"](run)
     return manifest
+
+
+def _make_tiers(run: Run) -> bool:
+    """Whether every tier's network keeps its budget; one that does not is given up, up to the last attempt.
+    Raises BudgetMissed then."""
+    try:
+        for stage in TIER_RECORDS:
+            STAGES[stage](run)
+    except NetworkRefused as refused:
+        run.progress.say(str(refused))
+        return False
+    return True

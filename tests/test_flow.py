@@ -333,6 +333,52 @@ def test_a_tier_keeps_its_latency_on_the_device_or_is_not_shipped(
     )
 
 
+def test_a_network_that_ships_slower_than_it_was_chosen_for_makes_room_for_another(
+    cli: Cli, stopwatch: Stopwatch, tmp_path: Path
+) -> None:
+    tiers = [{"name": "m", "limits": {"latency": "50 %"}}, {"name": "l", "limits": {"params": "90 %"}}]
+    described, root = latency_yaml(tmp_path, tiers), tmp_path / "run"
+    stopwatch.factor = 1.06
+    outcome = cli("run", described, "--out", root)
+    assert outcome.code == 0, outcome
+    manifest = manifest_of(root)
+    refused, untouched = manifest["tiers"]
+    assert 0.8 < refused["use"]["latency_ms"] <= 1
+    folder = root / "cpu" / "m"
+    [miss] = json.loads((folder / "misses.json").read_text())
+    assert miss["shipped_ms"] == pytest.approx(1.06 * miss["timed_ms"], rel=0.01)
+    assert miss["shipped_ms"] > refused["budgets"]["latency_ms"]
+    assert miss["key"] != json.loads((folder / "arch.json").read_text())["key"]
+    assert not (root / "cpu" / "l" / "misses.json").exists() and "latency_ms" not in untouched["budgets"]
+    last_training = json.loads((folder / "train.json").read_text())["seconds"]
+    others = json.loads((root / "cpu" / "l" / "train.json").read_text())["seconds"]
+    assert manifest["stages"]["retrain"] == pytest.approx(
+        last_training + others + miss["seconds"]["retrain"], abs=0.01
+    ), "what was given up was paid for"
+    assert cli("run", described, "--out", root).code == 0, "done is done"
+
+
+def test_the_last_attempt_s_network_is_refused_for_good(
+    cli: Cli, stopwatch: Stopwatch, tmp_path: Path
+) -> None:
+    tiers = [{"name": "m", "limits": {"latency": "50 %"}}]
+    once = {**TINY["derive"], "attempts": 1}
+    described, root = latency_yaml(tmp_path, tiers, derive=once), tmp_path / "run"
+    stopwatch.factor = 1.06
+    outcome = cli("run", described, "--out", root)
+    assert outcome.code == 2 and outcome.err.strip().splitlines()[-1].startswith("BudgetMissed: "), outcome
+    assert "raise derive.guard" in outcome.err and (root / "cpu" / "m" / "arch.json").exists()
+
+    asked = yaml.safe_load((root / "run.yaml").read_text())
+    asked["derive"]["attempts"] = 2
+    (root / "run.yaml").write_text(yaml.safe_dump(asked))
+    (root / "cpu" / "m" / "arch.json").unlink()
+    assert cli("derive", "--out", root).code == 0
+    outcome = cli("measure", "--out", root)
+    assert outcome.code == 2 and "NetworkRefused: tier cpu/m" in outcome.err, outcome
+    assert not (root / "cpu" / "m" / "arch.json").exists()
+
+
 def test_a_whole_run_on_this_machine_s_cpu(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Really measured, with room to spare: it is skipped where the machine is too busy to measure at all."""
     monkeypatch.setattr(run_module, "Patience", partial(Patience, pause_s=0.0))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -15,8 +16,10 @@ from pipeline.costs.budgets import usage_of_budgets
 from pipeline.costs.table import LATENCY, CautiousCosts
 from pipeline.derive import Deriver, Remembered, Usage
 from pipeline.engine import Engine
+from pipeline.errors import BudgetMissed, InfeasibleBudget
 from pipeline.run import Run
 from pipeline.stages.jobs import Jobs, engine_for
+from pipeline.stages.misses import inputs_of_misses, misses_of, misses_path, stricter
 from pipeline.stages.networks import fresh_network, hash_of_recipe, searched_evaluator
 from pipeline.stages.records import (
     chosen_tiers,
@@ -31,8 +34,8 @@ from pipeline.types import Arch, CostTable, Json, Tier
 
 
 def derive_stage(run: Run, only: str | None = None) -> None:
-    inputs = _inputs(run)
-    waiting = [t for t in chosen_tiers(run, only) if find_record(run, t, "derive", inputs) is None]
+    tiers = chosen_tiers(run, only)
+    waiting = [t for t in tiers if find_record(run, t, "derive", _inputs(run, t)) is None]
     if not waiting:
         return
     evaluator = Remembered(searched_evaluator(run))
@@ -40,9 +43,10 @@ def derive_stage(run: Run, only: str | None = None) -> None:
     with engine_for(run, __name__, JOBS, _read_by_trial) as engine:
         for tier in waiting:
             rng = np.random.default_rng([run.config.seed, 102, run.tiers.index(tier)])
-            deriver = _deriver(run, tier, evaluator, engine)
-            with run.timed() as seconds:
-                arch, timed, trials = deriver.derive(pool, _predicted_usage(run, tier), rng)
+            aim = stricter(run, tier)
+            deriver = _deriver(run, aim, evaluator, engine)
+            with run.timed() as seconds, _remembering_misses(run, tier):
+                arch, timed, trials = deriver.derive(pool, _predicted_usage(run, aim), rng)
             record = {
                 "arch": arch.to_json(),
                 "key": arch.key,
@@ -52,14 +56,30 @@ def derive_stage(run: Run, only: str | None = None) -> None:
                 "trials": [trial.to_json() for trial in trials],
                 "seconds": seconds(),
             }
-            write_record(run, tier, "derive", record, inputs)
+            write_record(run, tier, "derive", record, _inputs(run, tier))
 
 
-def _inputs(run: Run) -> dict[str, str]:
+def _inputs(run: Run, tier: Tier) -> dict[str, str]:
     return {
         "search": hash_of_record(run, search_path(run), "search"),
         "derive": sha256_json(run.config.derive.model_dump()),
+        **inputs_of_misses(run, tier),
     }
+
+
+@contextmanager
+def _remembering_misses(run: Run, tier: Tier) -> Iterator[None]:
+    """An error tells why the budget was meant to be smaller than it is."""
+    try:
+        yield
+    except (InfeasibleBudget, BudgetMissed) as unkept:
+        misses = misses_of(run, tier)
+        if not misses:
+            raise
+        raise type(unkept)(
+            f"{unkept}; finished networks of this tier took more than they were chosen for, so its budget "
+            f"was taken for smaller: remove {misses_path(run, tier)} to forget that"
+        ) from None
 
 
 def _deriver(run: Run, tier: Tier, evaluator: Remembered, engine: Engine) -> Deriver:

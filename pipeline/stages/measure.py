@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from pipeline.costs.bench import SHIPPED_PROCESSES
+from pipeline.costs.table import LATENCY
 from pipeline.devices.kit import Waiting
 from pipeline.devices.profile import DeviceProfile
-from pipeline.errors import BudgetMissed
+from pipeline.errors import BudgetMissed, NetworkRefused
 from pipeline.run import Run
+from pipeline.stages.misses import can_choose_again, give_up
 from pipeline.stages.networks import fresh_network
 from pipeline.stages.records import (
     arch_of,
@@ -31,7 +33,9 @@ Latencies = dict[str, LatencyRecord | None]
 
 
 def measure_stage(run: Run, only: str | None = None) -> None:
-    """Time the files that ship. A tier over its budget is refused."""
+    """Time the files that ship. A tier over its budget is refused, once all are timed.
+
+    Raises NetworkRefused where another network can be chosen for it, else BudgetMissed."""
     elsewhere = Waiting()
     for profile in run.config.profiles:
         with elsewhere:
@@ -49,11 +53,20 @@ def _measure_device(run: Run, profile: DeviceProfile, only: str | None) -> None:
         return
     with run.timed() as seconds:
         timed = _time_shipped(run, profile, [tier for tier, _ in waiting])
+    refusals = []
     for (tier, inputs), latencies in zip(waiting, timed, strict=True):
         record = _answered(run, tier, latencies)
-        _refuse_over_budget(run, tier, record["measured"])
-        seconds_each = round(seconds() / len(waiting), 3)
-        write_record(run, tier, "measure", {**record, "seconds": seconds_each}, inputs)
+        refusal = _refused(run, tier, record)
+        if refusal is None:
+            seconds_each = round(seconds() / len(waiting), 3)
+            write_record(run, tier, "measure", {**record, "seconds": seconds_each}, inputs)
+        else:
+            refusals.append(refusal)
+    if refusals:
+        *others, worst = sorted(refusals, key=lambda refusal: not isinstance(refusal, NetworkRefused))
+        for other in others:
+            run.progress.say(str(other))
+        raise worst
 
 
 def _inputs(run: Run, tier: Tier) -> dict[str, str]:
@@ -116,23 +129,34 @@ def _answered(run: Run, tier: Tier, latencies: Latencies) -> Json:
     }
 
 
-def _refuse_over_budget(run: Run, tier: Tier, measured: Mapping[str, float]) -> None:
+def _refused(run: Run, tier: Tier, record: Json) -> BudgetMissed | None:
+    """Why the tier is not shipped; None where it keeps its budgets. Where another network can be chosen,
+    this one is given up."""
+    measured = record["measured"]
     for metric, limit in tier.budgets.items():
         if measured[metric] > limit:
-            advice = (
-                "if the machine was busy run the same command again, else remove "
-                f"{record_path(run, tier, 'derive')} and raise derive.guard"
-            )
-            if run.profile(tier.device).elsewhere:
-                advice = (
-                    "if the device was busy run its kit once more and import that; else remove the folder "
-                    f"{run.tier_path(tier)}: then the same command chooses another network, since what this "
-                    "one takes is known now"
-                )
-            raise BudgetMissed(
+            kind, what_next = _give_up_or_advise(run, tier, metric, record)
+            return kind(
                 f"tier {tier.key}: {metric} is {format_value(metric, measured[metric])}, budget "
-                f"{format_value(metric, limit)}, so the tier is not shipped; {advice}"
+                f"{format_value(metric, limit)}, so the tier is not shipped; {what_next}"
             )
+    return None
+
+
+def _give_up_or_advise(run: Run, tier: Tier, metric: str, record: Json) -> tuple[type[BudgetMissed], str]:
+    if run.profile(tier.device).elsewhere:
+        return BudgetMissed, (
+            "if the device was busy run its kit once more and import that; else remove the folder "
+            f"{run.tier_path(tier)}: then the same command chooses another network, since what this one "
+            "takes is known now"
+        )
+    if metric == LATENCY and can_choose_again(run, tier, record["measured"][LATENCY]):
+        give_up(run, tier, record["measured"][LATENCY])
+        return NetworkRefused, "`derive` and what follows choose and train another network"
+    return BudgetMissed, (
+        "if the machine was busy run the same command again, else remove "
+        f"{record_path(run, tier, 'derive')} and raise derive.guard"
+    )
 
 
 def _timed_file(run: Run, tier: Tier, precision: str) -> Path:

@@ -11,6 +11,7 @@ from pipeline.report import assemble
 from pipeline.report.html import render_report
 from pipeline.report.manifest import build_manifest, write_manifest
 from pipeline.run import Run, read_trace
+from pipeline.stages.misses import misses_of
 from pipeline.stages.records import TIER_RECORDS, record_of, search_record, timed_role, trace_path
 from pipeline.types import Json, Tier
 
@@ -64,5 +65,6 @@ def _seconds_per_stage(run: Run) -> dict[str, float]:
         "search": search_record(run)["seconds"],
     }
     for stage in TIER_RECORDS:
-        seconds[stage] = sum(record_of(run, tier, stage)["seconds"] for tier in run.tiers)
+        given_up = sum(m["seconds"].get(stage, 0.0) for tier in run.tiers for m in misses_of(run, tier))
+        seconds[stage] = given_up + sum(record_of(run, tier, stage)["seconds"] for tier in run.tiers)
     return {stage: round(value, 3) for stage, value in seconds.items()}

@@ -1,0 +1,74 @@
+"""Second choices: a finished network that was measured a little over its tier's latency budget is given up,
+and the tier is derived again.
+
+A network is chosen by what it takes untrained, before its hours of training. By the time its file ships the
+clock of a shared machine may have moved, and small networks do not follow a clock exactly as the reference
+does. So the next network must keep the budget by as much as the last one was misjudged. A miss by more than
+MOST is a disturbed machine and no misjudged network: that is measured again, not chosen again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+from pathlib import Path
+
+from pipeline.artifacts import read_json, sha256_json, write_json
+from pipeline.costs.table import LATENCY
+from pipeline.run import Run
+from pipeline.stages.records import record_of, record_path
+from pipeline.types import Json, Tier
+
+MOST = 0.2
+
+
+def misses_of(run: Run, tier: Tier) -> list[Json]:
+    """The networks that were given up, oldest first: `key`, what it took (`timed_ms`) when chosen and
+    (`shipped_ms`) when finished, and the seconds spent on it per stage."""
+    path = misses_path(run, tier)
+    return list(read_json(path)) if path.exists() else []
+
+
+def inputs_of_misses(run: Run, tier: Tier) -> dict[str, str]:
+    """What a derivation is made from besides, where it is not the first."""
+    misses = misses_of(run, tier)
+    return {"misses": sha256_json(misses)} if misses else {}
+
+
+def stricter(run: Run, tier: Tier) -> Tier:
+    """The tier with its latency budget divided by the worst misjudgement so far."""
+    factor = max((miss["shipped_ms"] / miss["timed_ms"] for miss in misses_of(run, tier)), default=1.0)
+    limits = tuple(
+        replace(limit, value=limit.value / factor) if limit.metric == LATENCY else limit
+        for limit in tier.limits
+    )
+    return replace(tier, limits=limits)
+
+
+def can_choose_again(run: Run, tier: Tier, shipped_ms: float) -> bool:
+    """Whether the network was misjudged, rather than disturbed, and tries are left."""
+    timed = record_of(run, tier, "derive")["timed"]
+    tries_left = len(misses_of(run, tier)) + 1 < run.config.derive.attempts
+    return timed is not None and tries_left and shipped_ms <= tier.budgets[LATENCY] * (1 + MOST)
+
+
+def give_up(run: Run, tier: Tier, shipped_ms: float) -> None:
+    """Remember the miss and remove the tier's records, so that `derive` chooses again. Killed on the way, the
+    same network is chosen, and missed, once more."""
+    stages = ("derive", "retrain", "export")
+    records = {stage: record_of(run, tier, stage) for stage in stages}
+    miss: Json = {
+        "key": records["derive"]["key"],
+        "timed_ms": records["derive"]["timed"]["latency_ms"],
+        "shipped_ms": shipped_ms,
+        "seconds": {stage: record["seconds"] for stage, record in records.items()},
+    }
+    misses = [*misses_of(run, tier), miss]
+    for stage in stages:
+        with contextlib.suppress(FileNotFoundError):
+            record_path(run, tier, stage).unlink()
+    write_json(misses_path(run, tier), misses)
+
+
+def misses_path(run: Run, tier: Tier) -> Path:
+    return run.tier_path(tier, "misses.json")
