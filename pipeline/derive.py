@@ -10,7 +10,7 @@ accuracy inside the tiers' bands, where size decides nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -211,7 +211,9 @@ Usage = Callable[[Sequence[Arch]], FloatArray]
 """Share of a budget, shape (N,)."""
 
 ROUNDS, REFITS = 8, 3
-"""Finalists are chosen so often at the most; after the first three the prediction is only scaled."""
+"""Rounds of probes and finalists, at the most; after the first three the prediction is only scaled."""
+
+PROBES = 3
 
 
 @dataclass(frozen=True)
@@ -244,8 +246,9 @@ class Deriver:
         measured_ms: dict[Arch, float] = {}
         seen: dict[Arch, Trial] = {}
         scale = 1.0
-        for number in range(ROUNDS):
-            finalists = self._not_yet_timed(pool, _scaled(timed, scale), rng, measured_ms)
+        timed, fits = self._fitted(pool, timed, rng, measured_ms)
+        for number in range(fits, ROUNDS):
+            finalists = self._not_yet_tried(pool, _scaled(timed, scale), rng, seen)
             fresh = self._timed(finalists, measured_ms)
             seen |= {trial.finalist.arch: trial for trial in fresh}
             if self._is_enough(fresh, seen.values(), number):
@@ -267,24 +270,43 @@ class Deriver:
             f"{self.settings.low:g} and {self.settings.high:g}), or raise the budget"
         )
 
-    def _not_yet_timed(
+    def _fitted(
         self, pool: Sequence[Arch], timed: Usage, rng: Generator, measured_ms: dict[Arch, float]
+    ) -> tuple[Usage, int]:
+        """The prediction, fitted until random members of the band take what they are predicted to, and how
+        often it was. The device answers in seconds: so the evaluator, which does not, is asked about the
+        right networks. Raises InfeasibleBudget."""
+        if self.device is None:
+            return timed, 0
+        for fits in range(REFITS):
+            members = self._members(self._filled(pool, timed, rng), timed)
+            probes = [members[i] for i in rng.permutation(len(members))[:PROBES]]
+            counted_N = self.counted(probes)
+            usage_N = np.maximum(timed(probes), counted_N)
+            found = zip(probes, usage_N.tolist(), counted_N.tolist(), strict=True)
+            trials = self._timed([Finalist(a, math.nan, u, "probe", c) for a, u, c in found], measured_ms)
+            if self._mostly_as_predicted(trials):
+                return timed, fits
+            timed = self.refit(list(measured_ms), list(measured_ms.values()))
+        return timed, REFITS
+
+    def _not_yet_tried(
+        self, pool: Sequence[Arch], timed: Usage, rng: Generator, seen: Mapping[Arch, Trial]
     ) -> tuple[Finalist, ...]:
-        """Finalists; none where all that fits was timed before. Raises InfeasibleBudget."""
-        new = [arch for arch in pool if arch not in measured_ms]
-        if measured_ms and not new:
+        """Finalists; none where all that fits was tried before. Raises InfeasibleBudget."""
+        new = [arch for arch in pool if arch not in seen]
+        if seen and not new:
             return ()
         try:
             return self._finalists(new, timed, rng)
         except InfeasibleBudget:
-            if not measured_ms:
+            if not seen:
                 raise
             return ()
 
     def _is_enough(self, fresh: Sequence[Trial], seen: Iterable[Trial], number: int) -> bool:
         """Whether to choose among what was seen. Where the space has nothing better, so be it."""
-        hits = [trial for trial in fresh if self._hits(trial)]
-        if self.device is None or len(hits) > len(fresh) // 2 or not self._missed_by_surprise(fresh):
+        if self.device is None or self._mostly_as_predicted(fresh):
             return True
         return number == ROUNDS - 1 or (number >= REFITS and any(map(self._hits, seen)))
 
@@ -302,6 +324,10 @@ class Deriver:
 
     def _hits(self, trial: Trial) -> bool:
         return trial.keeps_budget(self.settings.guard) and trial.usage >= self.settings.least
+
+    def _mostly_as_predicted(self, trials: Sequence[Trial]) -> bool:
+        hits = [trial for trial in trials if self._hits(trial)]
+        return len(hits) > len(trials) // 2 or not self._missed_by_surprise(trials)
 
     def _missed_by_surprise(self, trials: Sequence[Trial]) -> bool:
         """Whether any missed that was predicted to hit: where the space has nothing better, so be it."""

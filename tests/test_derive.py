@@ -228,7 +228,8 @@ def test_without_a_device_nothing_is_timed_and_prediction_counts() -> None:
 @pytest.mark.parametrize("device", [None, FakeDevice(lambda arch: 0.5 * true_ms(arch))])
 def test_what_is_counted_is_exact_and_may_be_used_up(device: FakeDevice | None) -> None:
     """Alone, and beside a latency of which half is used."""
-    only = SETTINGS.model_copy(update={"rescored": 1, "best": 1, "random": 0, "uniform": 0})
+    one = {"low": 0.98, "high": 0.985, "rescored": 1, "best": 1, "random": 0, "uniform": 0}
+    only = SETTINGS.model_copy(update=one)
     timed = usage_of(device.ms) if device else nothing
     tier = {} if device else {"tier": PARAMS}
     made = deriver(device=device, settings=only, counted=usage_of(true_ms), **tier)
@@ -265,6 +266,23 @@ def test_a_prediction_that_misses_is_fitted_again_with_what_was_timed() -> None:
     assert timed is not None and 0.9 * BUDGET_MS <= timed.latency_ms <= 0.99 * BUDGET_MS
     assert known and arch not in known
     assert len(device.timed) == len(set(device.timed)), "a network was timed twice"
+
+
+def test_the_device_is_asked_before_the_evaluator() -> None:
+    """Networks are 1.3 times as slow as predicted: the evaluator, which takes its time, hears of none that
+    is over the budget."""
+    asked: set[Arch] = set()
+
+    class Listens(TabularEvaluator):
+        def losses(self, archs: Sequence[Arch], *, step: int, thorough: bool = False) -> FloatArray:
+            asked.update(archs)
+            return super().losses(archs, step=step, thorough=thorough)
+
+    device = FakeDevice(lambda arch: 1.3 * true_ms(arch))
+    listens = Remembered(Listens(np.arange(40).reshape(-1, 1), LOSS))
+    made = deriver(device=device, evaluator=listens, refit=lambda archs, ms: usage_of(device.ms))
+    made.derive(ARCHS, usage_of(true_ms), rng())
+    assert asked and all(device.ms(arch) <= BUDGET_MS for arch in asked)
 
 
 def test_a_budget_that_would_stay_unused_is_a_miss_too() -> None:
@@ -316,7 +334,8 @@ def test_finalists_over_budget_are_not_trained() -> None:
 
     slow = ARCHS[37]
     device = FakeDevice(lambda arch: 9.0 if arch == slow else true_ms(arch))
-    _, _, trials = deriver(device=device, try_accuracies=accuracy).derive(ARCHS, usage_of(true_ms), rng())
+    made = deriver(device=device, try_accuracies=accuracy, refit=lambda archs, ms: usage_of(true_ms))
+    _, _, trials = made.derive(ARCHS, usage_of(true_ms), rng())
     assert {t.accuracy for t in trials if t.finalist.arch == slow} <= {None}
 
 
@@ -362,7 +381,7 @@ def test_prediction_that_no_fit_mends_is_scaled_to_what_was_timed() -> None:
     made = deriver(device=device, refit=lambda archs, ms: usage_of(true_ms))
     _, timed, trials = made.derive(ARCHS, usage_of(true_ms), rng())
     assert timed is not None and SETTINGS.least <= timed.latency_ms / BUDGET_MS <= 0.985
-    assert len(device.timed) == len(set(device.timed)) == len(trials), "a network was timed twice"
+    assert len(device.timed) == len(set(device.timed)) >= len(trials), "a network was timed twice"
 
 
 def test_a_space_whose_members_were_all_timed_is_given_up() -> None:
