@@ -1,8 +1,9 @@
 """From what a search has seen to one architecture per tier, whichever method ran.
 
-The evaluator proposes and the device disposes: a tier's finalists are members that should use nearly all of
-its budget — the best by the evaluator, some drawn at random from the same band, and the best uniform ones.
-They are timed on the device, then trained briefly, and the most accurate one that keeps the budget wins.
+The evaluator proposes and the device disposes: members that should use nearly all of a tier's budget are
+shortlisted by a quick look and timed on the device. Of those that do, the finalists are the best by the
+evaluator's most exact answer, some drawn at random, and the best uniform ones. They are trained briefly, and
+the most accurate one wins that keeps the budget as it would ship.
 The same numbers say how far the evaluator's order can be trusted: its rank correlation with briefly trained
 accuracy inside the tiers' bands, where size decides nothing.
 """
@@ -36,13 +37,13 @@ from pipeline.units import format_value
 
 
 class DeriveSettings(Settings):
-    """Finalists are predicted to use `low` of the tightest budget at least, and of a timed one `high` at
-    most; what is counted is exact and may be used up. Of the `rescored` members that the evaluator is asked
-    about thoroughly, the `best`, `uniform` and `random` ones become finalists. They are timed, and tried for
-    `trial_epochs`. When timed, `guard` of the budget must stay free, and networks that use less than `least`
-    come last. `samples` are drawn from each of the search's distributions, beside what it has seen. A tier
-    whose finished network is measured over its latency budget after all is derived and trained again,
-    `attempts` times in all."""
+    """Members of a tier's band are predicted to use `low` of the tightest budget at least, and of a timed one
+    `high` at most; what is counted is exact and may be used up. Up to `rescored` of them are shortlisted by a
+    quick look and timed. When timed, `guard` of the budget must stay free, and networks that use less than
+    `least` come last. The others are rescored thoroughly; the `best`, `uniform` and `random` ones become
+    finalists, tried for `trial_epochs`. `samples` are drawn from each of the search's distributions, beside
+    what it has seen. A tier whose finished network is measured over its latency budget after all is derived
+    and trained again, `attempts` times in all."""
 
     low: float = Field(0.975, gt=0, lt=1)
     high: float = Field(0.985, gt=0, le=1)
@@ -211,9 +212,11 @@ Usage = Callable[[Sequence[Arch]], FloatArray]
 """Share of a budget, shape (N,)."""
 
 ROUNDS, REFITS = 8, 3
-"""Rounds of probes and finalists, at the most; after the first three the prediction is only scaled."""
+"""Rounds of probes and shortlists, at the most; after the first three the prediction is only scaled."""
 
-PROBES = 3
+PROBES, TIMED_AT_ONCE = 4, 8
+SURPRISE = 0.02
+"""What a prediction may err by in the mean of its probes."""
 
 
 @dataclass(frozen=True)
@@ -236,33 +239,35 @@ class Deriver:
     def derive(
         self, pool: Sequence[Arch], timed: Usage, rng: Generator
     ) -> tuple[Arch, LatencyRecord | None, list[Trial]]:
-        """The architecture, its latency in the form that ships, and all that was tried. `timed` predicts the
-        share of the timed budget; 0 where there is none.
+        """The architecture, its latency in the form that ships, and all finalists. `timed` predicts the share
+        of the timed budget; 0 where there is none.
 
-        Where most finalists miss the budget, or leave much of it unused, the prediction is wrong here, and
-        others are chosen by a better one: fitted to what was timed, and later scaled to it. The same where
-        none keeps the budget as it would ship. Raises InfeasibleBudget when nothing is predicted to fit,
-        BudgetMissed when nothing does."""
+        Where too few of a shortlist keep the budget and use it, others are looked for by a better prediction:
+        fitted to what was timed, and later scaled to it. The same where none keeps the budget as it would
+        ship. Raises InfeasibleBudget when nothing is predicted to fit, BudgetMissed when nothing does."""
         measured_ms: dict[Arch, float] = {}
         seen: dict[Arch, Trial] = {}
+        tried: dict[Arch, Trial] = {}
         scale = 1.0
         timed, fits = self._fitted(pool, timed, rng, measured_ms)
         for number in range(fits, ROUNDS):
-            finalists = self._not_yet_tried(pool, _scaled(timed, scale), rng, seen)
-            fresh = self._timed(finalists, measured_ms)
+            short = self._not_yet_seen(pool, _scaled(timed, scale), rng, seen)
+            fresh = self._timed(short, measured_ms)
             seen |= {trial.finalist.arch: trial for trial in fresh}
+            missed = fresh
             if self._is_enough(fresh, seen.values(), number):
-                tried = self._tried(list(seen.values()))
-                seen = {trial.finalist.arch: trial for trial in tried}
-                winner = self._first_that_keeps(in_order(tried, self.settings), measured_ms)
+                finalists = self._tried(self._finalists(list(seen.values()), rng))
+                tried |= {trial.finalist.arch: trial for trial in finalists}
+                winner = self._first_that_keeps(in_order(finalists, self.settings), measured_ms)
                 if winner is not None:
-                    return *winner, tried
+                    return *winner, list(tried.values())
                 if self.device is None or not fresh:
                     break
+                missed = finalists or fresh  # the former with what they take as they would ship
             if number < REFITS:
                 timed = self.refit(list(measured_ms), list(measured_ms.values()))
             else:
-                scale *= self._surprise(fresh, measured_ms)
+                scale *= self._surprise(missed, measured_ms)
             seen = {arch: self._updated(trial, measured_ms) for arch, trial in seen.items()}
         raise BudgetMissed(
             f"tier {self.tier.key}: every finalist was timed over its budget less a guard of "
@@ -281,34 +286,57 @@ class Deriver:
         for fits in range(REFITS):
             members = self._members(self._filled(pool, timed, rng), timed)
             probes = [members[i] for i in rng.permutation(len(members))[:PROBES]]
-            counted_N = self.counted(probes)
-            usage_N = np.maximum(timed(probes), counted_N)
-            found = zip(probes, usage_N.tolist(), counted_N.tolist(), strict=True)
-            trials = self._timed([Finalist(a, math.nan, u, "probe", c) for a, u, c in found], measured_ms)
-            if self._mostly_as_predicted(trials):
+            trials = self._timed(self._candidates(probes, timed, np.zeros(len(probes))), measured_ms)
+            if abs(self._surprise(trials, measured_ms) - 1) <= SURPRISE:
                 return timed, fits
             timed = self.refit(list(measured_ms), list(measured_ms.values()))
         return timed, REFITS
 
-    def _not_yet_tried(
+    def _not_yet_seen(
         self, pool: Sequence[Arch], timed: Usage, rng: Generator, seen: Mapping[Arch, Trial]
     ) -> tuple[Finalist, ...]:
-        """Finalists; none where all that fits was tried before. Raises InfeasibleBudget."""
+        """The shortlist of a band; none where all that fits was seen before. Raises InfeasibleBudget."""
         new = [arch for arch in pool if arch not in seen]
         if seen and not new:
             return ()
         try:
-            return self._finalists(new, timed, rng)
+            unseen = [arch for arch in self._filled(new, timed, rng) if arch not in seen]
+            members = self._members(unseen, timed)
         except InfeasibleBudget:
             if not seen:
                 raise
             return ()
+        quick = dict(zip(members, self.evaluator.quick(members[: 8 * self.settings.rescored]), strict=False))
+        short = self._shortlist(members, np.array(list(quick.values())), rng)
+        return self._candidates(short, timed, np.array([quick.get(arch, math.inf) for arch in short]))
+
+    def _candidates(self, archs: Sequence[Arch], timed: Usage, losses_N: FloatArray) -> tuple[Finalist, ...]:
+        counted_N = self.counted(archs)
+        usage_N = np.maximum(timed(archs), counted_N)
+        found = zip(archs, losses_N.tolist(), usage_N.tolist(), counted_N.tolist(), strict=True)
+        return tuple(Finalist(arch, loss, usage, "band", counted) for arch, loss, usage, counted in found)
 
     def _is_enough(self, fresh: Sequence[Trial], seen: Iterable[Trial], number: int) -> bool:
-        """Whether to choose among what was seen. Where the space has nothing better, so be it."""
-        if self.device is None or self._mostly_as_predicted(fresh):
+        """Whether to choose among what was seen: there are as many as will be asked for, or in later rounds
+        any. Where the space has nothing better, so be it."""
+        hits = sum(map(self._hits, seen))
+        if self.device is None or hits >= self.settings.best or not self._missed_by_surprise(fresh):
             return True
-        return number == ROUNDS - 1 or (number >= REFITS and any(map(self._hits, seen)))
+        return number == ROUNDS - 1 or (number >= REFITS and hits > 0)
+
+    def _finalists(self, seen: Sequence[Trial], rng: Generator) -> list[Trial]:
+        """Of those that keep the budget and use it; where none does, that keep it."""
+        kept = [trial for trial in seen if self._hits(trial)]
+        kept = kept or [trial for trial in seen if trial.keeps_budget(self.settings.guard)]
+        if not kept:
+            return []
+        archs = [trial.finalist.arch for trial in kept]
+        usage_N = np.array([trial.finalist.usage for trial in kept])
+        counted_N = np.array([trial.finalist.counted for trial in kept])
+        losses_N = self.evaluator.thorough(archs)
+        chosen = choose_finalists(archs, losses_N, usage_N, counted_N, self.uniform, self.settings, rng)
+        of_arch = dict(zip(archs, kept, strict=True))
+        return [replace(of_arch[finalist.arch], finalist=finalist) for finalist in chosen]
 
     def _surprise(self, trials: Sequence[Trial], measured_ms: dict[Arch, float]) -> float:
         """How much more of the timed budget was taken than was predicted, where that one binds."""
@@ -325,42 +353,30 @@ class Deriver:
     def _hits(self, trial: Trial) -> bool:
         return trial.keeps_budget(self.settings.guard) and trial.usage >= self.settings.least
 
-    def _mostly_as_predicted(self, trials: Sequence[Trial]) -> bool:
-        hits = [trial for trial in trials if self._hits(trial)]
-        return len(hits) > len(trials) // 2 or not self._missed_by_surprise(trials)
-
     def _missed_by_surprise(self, trials: Sequence[Trial]) -> bool:
         """Whether any missed that was predicted to hit: where the space has nothing better, so be it."""
         return any(not self._hits(t) and t.finalist.usage >= self.settings.least for t in trials)
 
     def _timed(self, finalists: Sequence[Finalist], measured_ms: dict[Arch, float]) -> list[Trial]:
+        """A few at a time: what disturbs the machine spoils no more than those."""
         if self.device is None:
             return [Trial(finalist) for finalist in finalists]
         unknown = [finalist.arch for finalist in finalists if finalist.arch not in measured_ms]
-        for arch, record in zip(unknown, self.device.time(unknown), strict=True):
-            measured_ms[arch] = record.latency_ms
+        for start in range(0, len(unknown), TIMED_AT_ONCE):
+            some = unknown[start : start + TIMED_AT_ONCE]
+            records = self.device.time(some)
+            measured_ms.update({a: record.latency_ms for a, record in zip(some, records, strict=True)})
         limit_ms = self.tier.budgets["latency_ms"]
         return [
             Trial(finalist, measured_usage=measured_ms[finalist.arch] / limit_ms) for finalist in finalists
         ]
 
     def _tried(self, trials: Sequence[Trial]) -> list[Trial]:
-        """With the accuracy of those that keep the budget and use it; where none does, that keep it."""
-        kept = [trial.finalist.arch for trial in trials if self._hits(trial)]
-        kept = kept or [t.finalist.arch for t in trials if t.keeps_budget(self.settings.guard)]
-        if self.try_accuracies is None or not kept:
+        """With their accuracy after a brief training."""
+        if self.try_accuracies is None or not trials:
             return list(trials)
-        accuracy = dict(zip(kept, self.try_accuracies(kept), strict=True))
-        return [replace(trial, accuracy=accuracy.get(trial.finalist.arch)) for trial in trials]
-
-    def _finalists(self, pool: Sequence[Arch], timed: Usage, rng: Generator) -> tuple[Finalist, ...]:
-        members = self._members(self._filled(pool, timed, rng), timed)
-        quick_N = self.evaluator.quick(members[: 8 * self.settings.rescored])
-        short = self._shortlist(members, quick_N, rng)
-        losses_N = self.evaluator.thorough(short)
-        counted_N = self.counted(short)
-        usage_N = np.maximum(timed(short), counted_N)
-        return choose_finalists(short, losses_N, usage_N, counted_N, self.uniform, self.settings, rng)
+        accuracies = self.try_accuracies([trial.finalist.arch for trial in trials])
+        return [replace(trial, accuracy=a) for trial, a in zip(trials, accuracies, strict=True)]
 
     def _members(self, pool: Sequence[Arch], timed: Usage) -> list[Arch]:
         """What is predicted to use nearly all of the budget. Raises InfeasibleBudget."""
