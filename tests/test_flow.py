@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -21,6 +22,7 @@ from pipeline.artifacts import sha256_file
 from pipeline.costs import bench
 from pipeline.devices.measure import Patience
 from pipeline.devices.session import RuntimeSettings
+from pipeline.errors import MeasurementError
 from pipeline.progress import Silent
 from pipeline.report.manifest import read_manifest
 from pipeline.types import Json, LatencyRecord
@@ -331,6 +333,25 @@ def test_a_tier_keeps_its_latency_on_the_device_or_is_not_shipped(
     assert len({id(bench.patience) for bench in benches}) == 1, (
         "a device is waited for once, not bench by bench"
     )
+
+
+def test_a_disturbed_machine_is_waited_for_before_it_is_profiled(
+    cli: Cli, stopwatch: Stopwatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts = itertools.count()
+    monkeypatch.setenv("BUDGETLINE_CACHE", str(tmp_path / "cache"))  # where nothing was profiled before
+
+    def disturbed_once(*asked: Any, **options: Any) -> list[LatencyRecord]:
+        if next(attempts) == 0:
+            raise MeasurementError("the machine is too disturbed to time anything")
+        return stopwatch(*asked, **options)
+
+    monkeypatch.setattr(run_module, "measure", disturbed_once)
+    monkeypatch.setattr(run_module, "Patience", partial(Patience, pause_s=0.0))
+    tiers = [{"name": "m", "limits": {"latency": "50 %"}}]
+    outcome = cli("profile", latency_yaml(tmp_path, tiers), "--out", tmp_path / "run")
+    assert outcome.code == 0 and "too disturbed to time anything; waiting" in outcome.err, outcome
+    assert next(attempts) == 2
 
 
 def test_a_network_that_ships_slower_than_it_was_chosen_for_makes_room_for_another(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pipeline.artifacts import replacing, sha256_file, sha256_json
 from pipeline.costs.budgets import resolve_tiers
-from pipeline.costs.table import SpaceCosts, build_cost_table, export_for_timing
+from pipeline.costs.table import Measure, SpaceCosts, build_cost_table, export_for_timing
 from pipeline.devices.environment import probe_model
 from pipeline.devices.kit import Waiting
 from pipeline.devices.profile import DeviceProfile
@@ -15,7 +16,7 @@ from pipeline.errors import AwaitingDevice, ConfigError
 from pipeline.evaluators import EVALUATORS
 from pipeline.run import Run
 from pipeline.search.base import RELAXED
-from pipeline.types import Json
+from pipeline.types import Json, LatencyRecord
 
 
 def profile_stage(run: Run) -> None:
@@ -54,12 +55,25 @@ def cost_table(run: Run, profile: DeviceProfile, kit: Path | None = None) -> tup
         run.space,
         profile,
         cache_dir=run.cache / "costs",
-        measure=run.stopwatch(profile, kit),
+        measure=_patient(run, profile, run.stopwatch(profile, kit)),
         environment=run.environment(profile),
         seed=run.config.seed,
         networks=run.config.search.calibration,
         progress=run.progress,
     )
+
+
+def _patient(run: Run, profile: DeviceProfile, stopwatch: Measure) -> Measure:
+    """One that waits for a machine that is disturbed; what a device elsewhere has told stays the same."""
+    if profile.elsewhere:
+        return stopwatch
+
+    def measure(*asked: Any, **options: Any) -> list[LatencyRecord]:
+        return run.patience[profile.name].wait_for(
+            lambda: stopwatch(*asked, **options), lambda record: 1.0, run.progress.say
+        )
+
+    return measure
 
 
 def calibration_kit(run: Run, out: Path) -> bool:
