@@ -45,7 +45,7 @@ def derive_stage(run: Run, only: str | None = None) -> None:
             rng = np.random.default_rng([run.config.seed, 102, run.tiers.index(tier)])
             aim = stricter(run, tier)
             deriver = _deriver(run, aim, evaluator, engine)
-            with run.timed() as seconds, _remembering_misses(run, tier):
+            with run.timed() as seconds, _telling_misses(run, tier):
                 arch, timed, trials = deriver.derive(pool, _predicted_usage(run, aim), rng)
             record = {
                 "arch": arch.to_json(),
@@ -68,7 +68,7 @@ def _inputs(run: Run, tier: Tier) -> dict[str, str]:
 
 
 @contextmanager
-def _remembering_misses(run: Run, tier: Tier) -> Iterator[None]:
+def _telling_misses(run: Run, tier: Tier) -> Iterator[None]:
     """An error tells why the budget was meant to be smaller than it is."""
     try:
         yield

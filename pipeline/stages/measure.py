@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -56,7 +56,7 @@ def _measure_device(run: Run, profile: DeviceProfile, only: str | None) -> None:
     refusals = []
     for (tier, inputs), latencies in zip(waiting, timed, strict=True):
         record = _answered(run, tier, latencies)
-        refusal = _refused(run, tier, record)
+        refusal = _refused(run, tier, record["measured"], latencies)
         if refusal is None:
             seconds_each = round(seconds() / len(waiting), 3)
             write_record(run, tier, "measure", {**record, "seconds": seconds_each}, inputs)
@@ -129,13 +129,14 @@ def _answered(run: Run, tier: Tier, latencies: Latencies) -> Json:
     }
 
 
-def _refused(run: Run, tier: Tier, record: Json) -> BudgetMissed | None:
+def _refused(
+    run: Run, tier: Tier, measured: Mapping[str, float], latencies: Latencies
+) -> BudgetMissed | None:
     """Why the tier is not shipped; None where it keeps its budgets. Where another network can be chosen,
     this one is given up."""
-    measured = record["measured"]
     for metric, limit in tier.budgets.items():
         if measured[metric] > limit:
-            kind, what_next = _give_up_or_advise(run, tier, metric, record)
+            kind, what_next = _give_up_or_advise(run, tier, metric, latencies)
             return kind(
                 f"tier {tier.key}: {metric} is {format_value(metric, measured[metric])}, budget "
                 f"{format_value(metric, limit)}, so the tier is not shipped; {what_next}"
@@ -143,15 +144,19 @@ def _refused(run: Run, tier: Tier, record: Json) -> BudgetMissed | None:
     return None
 
 
-def _give_up_or_advise(run: Run, tier: Tier, metric: str, record: Json) -> tuple[type[BudgetMissed], str]:
-    if run.profile(tier.device).elsewhere:
+def _give_up_or_advise(
+    run: Run, tier: Tier, metric: str, latencies: Latencies
+) -> tuple[type[BudgetMissed], str]:
+    profile = run.profile(tier.device)
+    if profile.elsewhere:
         return BudgetMissed, (
             "if the device was busy run its kit once more and import that; else remove the folder "
             f"{run.tier_path(tier)}: then the same command chooses another network, since what this one "
             "takes is known now"
         )
-    if metric == LATENCY and can_choose_again(run, tier, record["measured"][LATENCY]):
-        give_up(run, tier, record["measured"][LATENCY])
+    shipped = latencies[profile.timed_precision]
+    if metric == LATENCY and shipped is not None and can_choose_again(run, tier, shipped.latency_ms):
+        give_up(run, tier, shipped.latency_ms)
         return NetworkRefused, "`derive` and what follows choose and train another network"
     return BudgetMissed, (
         "if the machine was busy run the same command again, else remove "

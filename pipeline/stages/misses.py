@@ -46,15 +46,17 @@ def stricter(run: Run, tier: Tier) -> Tier:
 
 
 def can_choose_again(run: Run, tier: Tier, shipped_ms: float) -> bool:
-    """Whether the network was misjudged, rather than disturbed, and tries are left."""
+    """Whether the network was misjudged, rather than disturbed, and attempts are left. `shipped_ms` is what
+    its file takes in the precision that it was chosen in."""
     timed = record_of(run, tier, "derive")["timed"]
-    tries_left = len(misses_of(run, tier)) + 1 < run.config.derive.attempts
-    return timed is not None and tries_left and shipped_ms <= tier.budgets[LATENCY] * (1 + MOST)
+    attempts_left = len(misses_of(run, tier)) + 1 < run.config.derive.attempts
+    missed_by = shipped_ms / tier.budgets[LATENCY] - 1
+    return timed is not None and attempts_left and 0 < missed_by <= MOST
 
 
 def give_up(run: Run, tier: Tier, shipped_ms: float) -> None:
-    """Remember the miss and remove the tier's records, so that `derive` chooses again. Killed on the way, the
-    same network is chosen, and missed, once more."""
+    """Remove the records of a tier and remember the miss, so that `derive` chooses again. In this order: killed
+    on the way, the same network is chosen, and missed, once more, and no record is stale."""
     stages = ("derive", "retrain", "export")
     records = {stage: record_of(run, tier, stage) for stage in stages}
     miss: Json = {
