@@ -55,8 +55,8 @@ def can_choose_again(run: Run, tier: Tier, shipped_ms: float) -> bool:
 
 
 def give_up(run: Run, tier: Tier, shipped_ms: float) -> None:
-    """Remove the records of a tier and remember the miss, so that `derive` chooses again. In this order: killed
-    on the way, the same network is chosen, and missed, once more, and no record is stale."""
+    """Remove the records of a tier and remember the miss, so that `derive` chooses again. In this order:
+    killed on the way, the same network is chosen, and missed, once more, and no record is stale."""
     stages = ("derive", "retrain", "export")
     records = {stage: record_of(run, tier, stage) for stage in stages}
     miss: Json = {
