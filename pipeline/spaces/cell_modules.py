@@ -34,6 +34,7 @@ from pipeline.spaces.cell import (
     run_cell,
     run_network,
 )
+from pipeline.spaces.depthwise import DepthwiseConv2d
 from pipeline.spaces.pooling import average_pool
 from pipeline.types import Arch
 
@@ -126,16 +127,7 @@ def separable(channels: int, convolution: Convolution, stride: int, shared: bool
     steps: list[nn.Module] = []
     for step in range(repeats):
         steps += [nn.ReLU()] if step else []
-        depthwise = nn.Conv2d(
-            channels,
-            channels,
-            kernel,
-            1 if step else stride,
-            dilation * (kernel // 2),
-            dilation,
-            groups=channels,
-            bias=False,
-        )
+        depthwise = DepthwiseConv2d(channels, kernel, 1 if step else stride, dilation)
         _initialise(depthwise)
         steps += [depthwise, ConvNorm(channels, channels, shared=shared)]
     return nn.Sequential(*steps)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.spaces.depthwise import DepthwiseConv2d, How, depthwise
 from pipeline.spaces.mbconv import Block, Plan, Unit
 from pipeline.types import Arch
 
@@ -20,16 +21,7 @@ class ConvNorm(nn.Sequential):
     """Convolution, batch norm, and a rectifier where the unit asks for one."""
 
     def __init__(self, unit: Unit) -> None:
-        groups = unit.channels_in if unit.depthwise else 1
-        conv = nn.Conv2d(
-            unit.channels_in,
-            unit.channels_out,
-            unit.kernel,
-            unit.stride,
-            unit.kernel // 2,
-            groups=groups,
-            bias=False,
-        )
+        conv = _convolution(unit)
         _initialise(conv.weight)
         layers: list[nn.Module] = [conv, nn.BatchNorm2d(unit.channels_out)]
         super().__init__(*layers, *([nn.ReLU(inplace=True)] if unit.relu else []))
@@ -92,8 +84,11 @@ class SharedConvNorm(nn.Module):
         return self.weight[: unit.channels_out, :inputs, window, window]
 
     def forward(self, images: Tensor, unit: Unit) -> Tensor:
-        groups = unit.channels_in if unit.depthwise else 1
-        out = F.conv2d(images, self.sliced(unit), None, unit.stride, unit.kernel // 2, 1, groups)
+        weight = self.sliced(unit)
+        if unit.depthwise:
+            out = depthwise(images, weight, How(unit.channels_in, unit.kernel, unit.stride))
+        else:
+            out = F.conv2d(images, weight, None, unit.stride, unit.kernel // 2)
         channels = unit.channels_out
         out = F.batch_norm(out, None, None, self.scale[:channels], self.shift[:channels], training=True)
         return out.relu_() if unit.relu else out
@@ -149,6 +144,13 @@ class MBConvSupernet(nn.Module):
         network.classifier.weight.copy_(self.classifier.weight[:, : plan.head.channels_out])
         network.classifier.bias.copy_(self.classifier.bias)
         return network
+
+
+def _convolution(unit: Unit) -> nn.Conv2d:
+    if unit.depthwise:
+        return DepthwiseConv2d(unit.channels_in, unit.kernel, unit.stride)
+    sizes = (unit.channels_in, unit.channels_out, unit.kernel, unit.stride, unit.kernel // 2)
+    return nn.Conv2d(*sizes, bias=False)
 
 
 def _key(block: Block, unit: Unit) -> str:
