@@ -12,7 +12,7 @@ Axes: N images, C channels, H×W pixels, k×k weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,21 +29,21 @@ class DepthwiseConv2d(nn.Conv2d):
     def __init__(self, channels: int, kernel: int, stride: int = 1, dilation: int = 1) -> None:
         padding = dilation * (kernel // 2)
         super().__init__(channels, channels, kernel, stride, padding, dilation, groups=channels, bias=False)
-        self.how = How(channels, kernel, stride, dilation)
+        self.geometry = Geometry(channels, kernel, stride, dilation)
 
     def forward(self, x: Tensor) -> Tensor:
-        return depthwise(x, self.weight, self.how)
+        return depthwise(x, self.weight, self.geometry)
 
 
-def depthwise(x: Tensor, weight: Tensor, how: How) -> Tensor:
+def depthwise(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """(N, C, H, W) by (C, 1, k, k), k odd → (N, C, ⌈H/stride⌉, ⌈W/stride⌉)."""
-    if x.device.type != "cpu" or how.is_fast or _is_watched():
-        return how.convolve(x, weight)
-    out: Tensor = _Depthwise.apply(x, weight, how)  # type: ignore[no-untyped-call]
+    if x.device.type != "cpu" or geometry.is_fast or _is_watched():
+        return geometry.convolve(x, weight)
+    out: Tensor = _Depthwise.apply(x, weight, geometry)  # type: ignore[no-untyped-call]
     return out
 
 
-class How(NamedTuple):
+class Geometry(NamedTuple):
     """A depthwise convolution, but for its weights: C and k are numbers, whoever traces it."""
 
     channels: int
@@ -77,38 +77,38 @@ def _is_watched() -> bool:
 
 class _Depthwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, how: How) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.how = how
-        return how.convolve(x, weight)
+        ctx.geometry = geometry
+        return geometry.convolve(x, weight)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         by_x, by_weight = ctx.needs_input_grad[:2]
         return (
-            _gradient_by_input(x, gradients[0], weight, ctx.how) if by_x else None,
-            _gradient_by_weight(x, gradients[0], ctx.how) if by_weight else None,
+            _gradient_by_input(x, gradients[0], weight, ctx.geometry) if by_x else None,
+            _gradient_by_weight(x, gradients[0], ctx.geometry) if by_weight else None,
             None,
         )
 
 
-def _gradient_by_input(x: Tensor, slope: Tensor, weight: Tensor, how: How) -> Tensor:
-    if how.dilation > 1:
-        spread = weight.new_zeros(how.channels, 1, how.span, how.span)
-        spread[:, :, :: how.dilation, :: how.dilation] = weight
+def _gradient_by_input(x: Tensor, slope: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    if geometry.dilation > 1:
+        spread = weight.new_zeros(geometry.channels, 1, geometry.span, geometry.span)
+        spread[:, :, :: geometry.dilation, :: geometry.dilation] = weight
         weight = spread
-    return _gradients(x, slope, weight, how.stride, (how.reach, how.reach), by_input=True)
+    return _gradients(x, slope, weight, geometry.stride, (geometry.reach, geometry.reach), by_input=True)
 
 
-def _gradient_by_weight(x: Tensor, slope: Tensor, how: How) -> Tensor:
+def _gradient_by_weight(x: Tensor, slope: Tensor, geometry: Geometry) -> Tensor:
     """Shape (C, 1, k, k)."""
-    offsets = range(-how.reach, how.reach + 1, how.dilation)
+    offsets = range(-geometry.reach, geometry.reach + 1, geometry.dilation)
     middles = _middles(offsets)
-    moved, framed_slope = _frames(x, slope, how, middles)
-    empty = x.new_empty(how.channels, 1, how.span, STRIPE)
+    moved, framed_slope = _frames(x, slope, geometry, middles)
+    empty = x.new_empty(geometry.channels, 1, geometry.span, STRIPE)
     stripes = [
-        _gradients(aside, framed_slope, empty, how.stride, (how.reach, STRIPE // 2), by_input=False)
+        _gradients(aside, framed_slope, empty, geometry.stride, (geometry.reach, STRIPE // 2), by_input=False)
         for aside in moved
     ]
     of_offset = {
@@ -116,34 +116,36 @@ def _gradient_by_weight(x: Tensor, slope: Tensor, how: How) -> Tensor:
         for middle, stripe in zip(middles, stripes, strict=True)
         for column in range(STRIPE)
     }
-    return torch.stack([of_offset[offset] for offset in offsets], dim=3)[:, :, :: how.dilation]
+    return torch.stack([of_offset[offset] for offset in offsets], dim=3)[:, :, :: geometry.dilation]
 
 
-def _middles(offsets: Sequence[int]) -> list[int]:
-    """Middles of the fewest stripes that have all these columns, within the outermost ones."""
+def _middles(offsets: Iterable[int]) -> list[int]:
+    """Middles of the fewest stripes that have all these columns; the last may have more."""
     middles: list[int] = []
     for offset in offsets:
         if not middles or offset > middles[-1] + 1:
-            middles.append(min(offset + 1, offsets[-1] - 1))
+            middles.append(offset + 1)
     return middles
 
 
-def _frames(x: Tensor, slope: Tensor, how: How, aside: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+def _frames(
+    x: Tensor, slope: Tensor, geometry: Geometry, aside: Sequence[int]
+) -> tuple[list[Tensor], Tensor]:
     """The map moved aside by so many columns each, and the output's gradient between columns of zeros.
 
     What is moved are views of one buffer, whose rows follow each other with as many zeros between them as
     the kernel reaches: what is pushed out of a row on one side comes in on the other side of the next, and is
     0 wherever the gradient is not."""
     (num, channels, height, _), (rows, columns) = x.shape, slope.shape[2:]
-    wide = columns + max(2, -(-how.reach // how.stride))
+    wide = columns + max(2, -(-geometry.reach // geometry.stride))
     framed_slope = slope.new_empty(num, rows, wide, channels)
     _fill(framed_slope, slope, 1)
-    framed = (num, height, how.stride * wide, channels)
+    framed = (num, height, geometry.stride * wide, channels)
     most, pixels = max(map(abs, aside)) * channels, math.prod(framed)
     buffer = x.new_empty(pixels + 2 * most)
     buffer[:most].zero_()
     buffer[most + pixels :].zero_()
-    _fill(buffer[most : most + pixels].view(framed), x, how.stride)
+    _fill(buffer[most : most + pixels].view(framed), x, geometry.stride)
     starts = [most + columns * channels for columns in aside]
     moved = [buffer[start : start + pixels].view(framed).permute(0, 3, 1, 2) for start in starts]
     return moved, framed_slope.permute(0, 3, 1, 2)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.spaces.depthwise import DepthwiseConv2d, How, depthwise
+from pipeline.spaces.depthwise import DepthwiseConv2d, Geometry, depthwise
 from pipeline.spaces.mbconv import Block, Plan, Unit
 from pipeline.types import Arch
 
@@ -86,7 +86,7 @@ class SharedConvNorm(nn.Module):
     def forward(self, images: Tensor, unit: Unit) -> Tensor:
         weight = self.sliced(unit)
         if unit.depthwise:
-            out = depthwise(images, weight, How(unit.channels_in, unit.kernel, unit.stride))
+            out = depthwise(images, weight, Geometry(unit.channels_in, unit.kernel, unit.stride))
         else:
             out = F.conv2d(images, weight, None, unit.stride, unit.kernel // 2)
         channels = unit.channels_out

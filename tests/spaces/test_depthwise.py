@@ -10,29 +10,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.spaces import depthwise as module
-from pipeline.spaces.depthwise import DepthwiseConv2d, How, depthwise
+from pipeline.spaces.depthwise import DepthwiseConv2d, Geometry, depthwise
 
 SHAPES = [(2, 3, 8, 8), (1, 5, 7, 9), (3, 16, 28, 28), (2, 4, 2, 3), (1, 2, 1, 1)]
 KINDS = [(k, s, d) for k, s, d in itertools.product((1, 3, 5, 7), (1, 2), (1, 2))]
 
 
-def tensors(shape: tuple[int, ...], how: How) -> tuple[Tensor, Tensor]:
+def tensors(shape: tuple[int, ...], geometry: Geometry) -> tuple[Tensor, Tensor]:
     torch.manual_seed(0)
     x = torch.randn(shape, dtype=torch.float64).to(memory_format=torch.channels_last)
-    weight = torch.randn(shape[1], 1, how.kernel, how.kernel, dtype=torch.float64)
+    weight = torch.randn(shape[1], 1, geometry.kernel, geometry.kernel, dtype=torch.float64)
     return x.requires_grad_(), weight.requires_grad_()
 
 
-def plain(x: Tensor, weight: Tensor, how: How) -> Tensor:
-    return F.conv2d(x, weight, None, how.stride, how.reach, how.dilation, len(weight))
+def plain(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    return F.conv2d(x, weight, None, geometry.stride, geometry.reach, geometry.dilation, len(weight))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_and_gradients_are_pytorchs(shape: tuple[int, ...], kind: tuple[int, int, int]) -> None:
-    how = How(shape[1], *kind)
-    x, weight = tensors(shape, how)
-    out, wanted = depthwise(x, weight, how), plain(x, weight, how)
+    geometry = Geometry(shape[1], *kind)
+    x, weight = tensors(shape, geometry)
+    out, wanted = depthwise(x, weight, geometry), plain(x, weight, geometry)
     assert torch.equal(out, wanted)
     slope = torch.randn_like(wanted)
     found = torch.autograd.grad(out, [x, weight], slope)
@@ -42,24 +42,24 @@ def test_values_and_gradients_are_pytorchs(shape: tuple[int, ...], kind: tuple[i
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_they_can_be_differentiated_again(kind: tuple[int, int, int]) -> None:
-    how = How(3, *kind)
-    x, weight = tensors((2, 3, 5, 6), how)
+    geometry = Geometry(3, *kind)
+    x, weight = tensors((2, 3, 5, 6), geometry)
     second = []
-    for out in (depthwise(x, weight, how), plain(x, weight, how)):
+    for out in (depthwise(x, weight, geometry), plain(x, weight, geometry)):
         (slope,) = torch.autograd.grad(out.tanh().sum(), [weight], create_graph=True)
         second.append(torch.autograd.grad((slope**2).sum(), [x, weight]))
     for got, want in zip(*second, strict=True):
         torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("how", [How(3, 5), How(3, 3, 1, 2)])
-def test_one_gradient_alone(how: How) -> None:
-    x, weight = tensors((2, 3, 8, 8), how)
+@pytest.mark.parametrize("geometry", [Geometry(3, 5), Geometry(3, 3, 1, 2)])
+def test_one_gradient_alone(geometry: Geometry) -> None:
+    x, weight = tensors((2, 3, 8, 8), geometry)
     for first, second in ((x, weight.detach()), (x.detach(), weight)):
         asked = first if first.requires_grad else second
-        out = depthwise(first, second, how).square().sum()
+        out = depthwise(first, second, geometry).square().sum()
         (got,) = torch.autograd.grad(out, [asked])
-        (want,) = torch.autograd.grad(plain(first, second, how).square().sum(), [asked])
+        (want,) = torch.autograd.grad(plain(first, second, geometry).square().sum(), [asked])
         torch.testing.assert_close(got, want)
 
 
@@ -67,7 +67,7 @@ def test_a_slice_of_shared_weights_gets_its_gradient_in_place() -> None:
     """As a supernet holds them: channels are a prefix."""
     shared = torch.randn(6, 1, 5, 5, requires_grad=True)
     images = torch.randn(2, 4, 8, 8)
-    depthwise(images, shared[:4], How(4, 5)).sum().backward()  # type: ignore[no-untyped-call]
+    depthwise(images, shared[:4], Geometry(4, 5)).sum().backward()  # type: ignore[no-untyped-call]
     assert shared.grad is not None and shared.grad[:4].abs().sum() > 0 and not shared.grad[4:].any()
 
 
