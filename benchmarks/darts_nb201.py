@@ -51,7 +51,7 @@ from pipeline.search import METHODS
 from pipeline.search.base import SearchProblem
 from pipeline.search.darts import Darts
 from pipeline.search.darts_prime import DartsPrime
-from pipeline.search.gradient import GradientSettings
+from pipeline.search.gradient import PUBLISHED_RATE, GradientSettings
 from pipeline.settings import pick
 from pipeline.spaces.nb201 import NB201Settings, NB201Space
 from pipeline.types import Arrays, FloatArray, Json, Limit, Progress, Tier
@@ -95,9 +95,7 @@ class Variant:
         """With the learning rate that takes α as far in so many minibatches as in the published ones."""
         images = PUBLISHED_EPOCHS * PUBLISHED_IMAGES * (1 - self.architecture_share)
         factor = images / PUBLISHED_BATCH / steps
-        return self.settings.model_copy(
-            update={"learning_rate": round(self.settings.learning_rate * factor, 6)}
-        )
+        return self.settings.model_copy(update={"learning_rate": round(PUBLISHED_RATE * factor, 6)})
 
 
 VARIANTS = {

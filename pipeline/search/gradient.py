@@ -64,6 +64,12 @@ STAGE_ALPHA, STAGE_COSTS, STAGE_CANDIDATES = range(10, 13)
 NONE = "none"
 """Name of the operation that brings nothing, in every space that has one."""
 
+PUBLISHED_RATE, PUBLISHED_STEPS = 3e-4, 19_500
+"""Of Adam on α, and minibatches: 50 epochs of half of CIFAR-10's training images, 64 at a time."""
+
+LARGEST_RATE = 0.05
+"""That a short search gets by itself."""
+
 LEAST_REACH = 0.1
 """How far α must be able to go: its first values are about 1/|O| with `crb`, and even with `softmax`."""
 
@@ -84,8 +90,8 @@ BAND = 0.85
 class GradientSettings(Settings):
     """What all gradient methods share. Adam's defaults are those of both papers."""
 
-    learning_rate: float = Field(default=3e-4, gt=0)
-    """Of Adam on α."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Of Adam on α. By default a tier's minibatches take α as far as the published 19,500 do at 3e-4."""
     beta1: float = Field(default=0.5, ge=0, lt=1)
     beta2: float = Field(default=0.999, ge=0, lt=1)
     weight_decay: float = Field(default=1e-3, ge=0)
@@ -269,7 +275,8 @@ class _Search:
         self.checkpoint, self.clock = checkpoint, clock
         self.evaluator = relaxed_evaluator(method, problem.evaluator)
         self.steps = self._steps_per_tier()
-        self.optimiser = AdamSettings(config.learning_rate, config.beta1, config.beta2, config.weight_decay)
+        rate = config.learning_rate or min(PUBLISHED_RATE * PUBLISHED_STEPS / min(self.steps), LARGEST_RATE)
+        self.optimiser = AdamSettings(rate, config.beta1, config.beta2, config.weight_decay)
         edges = self.evaluator.edges
         self.cell_E = _cells([slot.name for slot in edges])
         choices = [slot.choices for slot in edges]
@@ -333,10 +340,11 @@ class _Search:
 
     def say_if_too_short(self, progress: Progress) -> None:
         moves = min(self.steps) / (1 if self.rules.pace is None else 1 + self.rules.pace.ratio)
-        reach = self.config.learning_rate * moves
+        rate = self.optimiser.learning_rate
+        reach = rate * moves
         if reach < LEAST_REACH:
             progress.say(
-                f"{self.method}: in about {moves:.0f} steps of {self.config.learning_rate:g} each, what "
+                f"{self.method}: in about {moves:.0f} steps of {rate:g} each, what "
                 f"operations weigh can change by {reach:.2g}, too little to decide; raise search.evaluations "
                 f"(it is {self.problem.evaluations}) or method.learning_rate"
             )
@@ -488,7 +496,7 @@ class _Search:
         strength_L = np.maximum(state.multiplier_L + self.config.damping * excess_L, 0.0)
         norm_L = np.linalg.norm(gradient_LEO, axis=(1, 2))
         scale_L = np.divide(length * strength_L, norm_L, out=np.zeros_like(norm_L), where=norm_L > 0)
-        rate = self.config.pressure_rate * self.config.learning_rate
+        rate = self.config.pressure_rate * self.optimiser.learning_rate
         multiplier_L = np.maximum(state.multiplier_L + rate * excess_L, 0.0)
         return (scale_L[:, None, None] * gradient_LEO).sum(axis=0), multiplier_L
 

@@ -436,13 +436,29 @@ def test_a_search_that_is_too_short_to_decide_says_so() -> None:
         def say(self, message: str) -> None:
             said.append(message)
 
-    for config in (DartsPrime(candidates=12), CONFIGS["darts-prime"]):
+    for config in (DartsPrime(candidates=12, learning_rate=3e-4), DartsPrime(candidates=12)):
         METHODS["darts-prime"].run(
             problem(), config, checkpoint=NoCheckpoint(), trace=lambda record: None, progress=Listening()
         )
     assert len(said) == 1
     assert "in about 35 steps of 0.0003 each" in said[0]
     assert "raise search.evaluations (it is 400) or method.learning_rate" in said[0]
+
+
+@pytest.mark.parametrize(("minibatches", "rate"), [(388, 3e-4 * 19_500 / 388), (38, 0.05), (195, 0.03)])
+def test_a_short_search_moves_alpha_as_far_as_a_long_one(minibatches: int, rate: float) -> None:
+    traces: list[list[Json]] = []
+    for learning_rate in (None, rate):
+        traces.append([])
+        METHODS["darts"].run(
+            problem(evaluations=minibatches + 12),
+            Darts(candidates=12, learning_rate=learning_rate),
+            checkpoint=NoCheckpoint(),
+            trace=traces[-1].append,
+            progress=Silent(),
+        )
+    assert traces[0] == traces[1]
+    assert traces[0][-1]["tiers"][0]["entropy"] < traces[0][5]["tiers"][0]["entropy"]
 
 
 def test_an_evaluator_that_cannot_mix_is_refused_by_name() -> None:
