@@ -53,8 +53,10 @@ class ConvNorm(nn.Module):
         self.norm = nn.BatchNorm2d(channels_out, affine=affine, track_running_stats=not shared)
         _initialise(self.conv)
 
-    def forward(self, images: Tensor) -> Tensor:
-        out: Tensor = self.norm(self.conv(images))
+    def forward(self, images: Tensor, scale: Tensor | None = None) -> Tensor:
+        """`scale`, one number, where the norm is shared and has none of its own."""
+        convolved: Tensor = self.conv(images)
+        out: Tensor = self.norm(convolved) if scale is None else _normalise(convolved, scale)
         return out
 
 
@@ -133,9 +135,14 @@ class MixedCell(Cell):
         return x - x if output is None else output
 
     def _weighted(self, mixture: Mixture, slot: int, op: int, source: Node[Tensor]) -> Tensor:
+        """Of a convolution, the weight is its norm's scale: a pass less over the map in each direction."""
+        weight = mixture.weight_EO[slot, op]
+        if op in KERNELS:
+            scaled: Tensor = self.convs[_key(slot, op)](source.rectified, weight)
+            return scaled
         value = self.operation(slot, op, source)
         assert value is not None, "`none` is never live"
-        return mixture.weight_EO[slot, op] * value
+        return weight * value
 
 
 class Skeleton(nn.Module):
@@ -237,9 +244,10 @@ def _key(slot: int, op: int) -> str:
     return f"{EDGES[slot][0]}-{EDGES[slot][1]}_{OPERATIONS[op]}"
 
 
-def _normalise(x: Tensor) -> Tensor:
-    """Batch norm without scale and shift, by the batch's own statistics."""
-    return F.batch_norm(x, None, None, training=True)
+def _normalise(x: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Batch norm without shift, by the batch's own statistics; the scale is one number for all channels."""
+    scale_C = None if scale is None else scale.repeat(x.shape[1])
+    return F.batch_norm(x, None, None, scale_C, training=True)
 
 
 def _average(x: Tensor) -> Tensor:
