@@ -31,6 +31,7 @@ from pipeline.types import (
     IntArray,
     Json,
     LatencyRecord,
+    Progress,
     Tier,
 )
 from pipeline.units import format_value
@@ -185,12 +186,16 @@ class Device(Protocol):
     def time_as_shipped(self, arch: Arch) -> LatencyRecord: ...
 
 
+JUDGED_AT_ONCE = 16
+"""Enough for an evaluator that works on several at a time."""
+
+
 class Remembered:
     """What an evaluator that learns no more says of architectures, each asked about once: tiers and rounds
     look at many of the same. `quick` answers are on one step's images, `thorough` ones the most exact."""
 
-    def __init__(self, evaluator: Evaluator) -> None:
-        self._evaluator = evaluator
+    def __init__(self, evaluator: Evaluator, progress: Progress) -> None:
+        self._evaluator, self._progress = evaluator, progress
         self._known: dict[tuple[Arch, bool], float] = {}
 
     def quick(self, archs: Sequence[Arch]) -> FloatArray:
@@ -203,8 +208,12 @@ class Remembered:
         """Shape (N,)."""
         unknown = [arch for arch in dict.fromkeys(archs) if (arch, thorough) not in self._known]
         if unknown:
-            losses_N = self._evaluator.losses(unknown, step=0, thorough=thorough)[:, 0]
-            self._known |= {(a, thorough): float(x) for a, x in zip(unknown, losses_N, strict=True)}
+            with self._progress.track("judge", len(unknown)) as advance:
+                for start in range(0, len(unknown), JUDGED_AT_ONCE):
+                    lot = unknown[start : start + JUDGED_AT_ONCE]
+                    losses_N = self._evaluator.losses(lot, step=0, thorough=thorough)[:, 0]
+                    self._known |= {(a, thorough): float(x) for a, x in zip(lot, losses_N, strict=True)}
+                    advance(len(lot), "")
         return np.array([self._known[arch, thorough] for arch in archs])
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,7 @@ from pipeline.derive import (
 )
 from pipeline.errors import BudgetMissed, InfeasibleBudget
 from pipeline.evaluators.tabular import TableSpace, TabularEvaluator
+from pipeline.progress import Silent
 from pipeline.types import Arch, FloatArray, LatencyRecord, Limit, Slot, Tier
 
 BUDGET_MS = 2.0
@@ -154,7 +156,7 @@ def deriver(**changed: Any) -> Deriver:
         "tier": tier,
         "space": TableSpace("t", [Slot("only", tuple(map(str, range(40))))]),
         "settings": SETTINGS,
-        "evaluator": Remembered(TabularEvaluator(rows, LOSS)),
+        "evaluator": Remembered(TabularEvaluator(rows, LOSS), Silent()),
         "uniform": frozenset(ARCHS[::10]),
         "device": FakeDevice(true_ms),
         "counted": lambda archs: np.zeros(len(archs)),
@@ -173,12 +175,28 @@ def test_an_evaluator_is_asked_about_each_architecture_once() -> None:
             asked.extend((arch, thorough) for arch in archs)
             return super().losses(archs, step=step, thorough=thorough)
 
-    known = Remembered(Listens(np.arange(40).reshape(-1, 1), LOSS))
+    known = Remembered(Listens(np.arange(40).reshape(-1, 1), LOSS), Silent())
     np.testing.assert_array_equal(known.quick([ARCHS[3], ARCHS[1], ARCHS[3]]), [LOSS[3], LOSS[1], LOSS[3]])
     np.testing.assert_array_equal(known.quick(ARCHS[:4]), LOSS[:4])
     np.testing.assert_array_equal(known.thorough(ARCHS[:2]), LOSS[:2])
     assert known.quick([]).shape == (0,)
     assert len(asked) == len(set(asked)) == 6
+
+
+def test_a_long_list_is_judged_in_lots_and_the_answers_keep_their_order() -> None:
+    shown: list[tuple[str, int, list[int]]] = []
+
+    class Shows(Silent):
+        @contextmanager
+        def track(self, label: str, total: int, done: int = 0) -> Iterator[Callable[[int, str], None]]:
+            lots: list[int] = []
+            shown.append((label, total, lots))
+            yield lambda steps, note: lots.append(steps)
+
+    known = Remembered(TabularEvaluator(np.arange(40).reshape(-1, 1), LOSS), Shows())
+    np.testing.assert_array_equal(known.quick(ARCHS[::-1]), LOSS[::-1])
+    np.testing.assert_array_equal(known.quick(ARCHS), LOSS)
+    assert shown == [("judge", 40, [16, 16, 8])]
 
 
 PARAMS = Tier("params", "s", (Limit("params", 100.0, False, "100"),))
@@ -279,7 +297,7 @@ def test_the_device_is_asked_before_the_evaluator() -> None:
             return super().losses(archs, step=step, thorough=thorough)
 
     device = FakeDevice(lambda arch: 1.3 * true_ms(arch))
-    listens = Remembered(Listens(np.arange(40).reshape(-1, 1), LOSS))
+    listens = Remembered(Listens(np.arange(40).reshape(-1, 1), LOSS), Silent())
     made = deriver(device=device, evaluator=listens, refit=lambda archs, ms: usage_of(device.ms))
     made.derive(ARCHS, usage_of(true_ms), rng())
     assert asked and all(device.ms(arch) <= BUDGET_MS for arch in asked)

@@ -38,7 +38,7 @@ def derive_stage(run: Run, only: str | None = None) -> None:
     waiting = [t for t in tiers if find_record(run, t, "derive", _inputs(run, t)) is None]
     if not waiting:
         return
-    evaluator = Remembered(searched_evaluator(run))
+    evaluator = Remembered(searched_evaluator(run), run.progress)
     pool = _candidate_pool(run)
     with engine_for(run, __name__, JOBS, _read_by_trial) as engine:
         for tier in waiting:
