@@ -421,6 +421,9 @@ def dps(
         int | None,
         typer.Option(min=1, help="How many of them vote in the answer (5; the best one as published)."),
     ] = None,
+    jacov: Annotated[
+        bool, typer.Option(help="Half of the vote is that of the proxy jacov (published: none).")
+    ] = True,
     held_back: Annotated[
         float | None,
         typer.Option(min=0, max=0.99, help="Share of the known that judges and does not guide (0.3)."),
@@ -447,7 +450,7 @@ def dps(
         prepare_compute(run)
         stated = run.config.evaluator.settings
         base = stated if isinstance(stated, EproxySettings) else EproxySettings()
-        asked = {"evaluations": evaluations, "members": members, "held_back": held_back}
+        asked = {"evaluations": evaluations, "members": members, "jacov": jacov, "held_back": held_back}
         result = tune(
             run.space,
             run.task,

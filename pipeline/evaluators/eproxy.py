@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, pstdev
 from typing import Any, Literal
 
 import torch
@@ -38,6 +38,7 @@ from pipeline.costs.counts import flops
 from pipeline.data.base import ImageTask
 from pipeline.devices.profile import read_strict_yaml
 from pipeline.errors import ConfigError
+from pipeline.evaluators.proxies import jacov, worst_jacov_loss
 from pipeline.evaluators.scores import (
     ImageScoreSettings,
     ScoreEvaluator,
@@ -96,17 +97,21 @@ class Genes(Settings):
     branches: tuple[Branch, ...] = Field((Branch(), Branch(), Branch()), min_length=1, max_length=3)
 
 
-class Member(Genes):
-    """One of several proxies that vote; `mean` and `deviation` are those of its log scores over the
-    architectures that it was chosen on."""
+class Standard(Settings):
+    """`mean` and `deviation` of a voter's log scores over the architectures that it was chosen on."""
 
     mean: float
     deviation: float = Field(gt=0)
 
 
+class Member(Genes, Standard):
+    """One of several proxies that vote."""
+
+
 class EproxySettings(ImageScoreSettings, Genes):
     """Genes, and what the search over them leaves alone. Where there are `members`, they stand for the genes
-    beside them. `settings_file` is what `budgetline dps` wrote: its values stand where none is stated
+    beside them; with `jacov`, half of the vote is that of the proxy of this name on the same images.
+    `settings_file` is what `budgetline dps` wrote: its values stand where none is stated
     beside it, and in the resolved settings they stand by themselves."""
 
     settings_file: str | None = None
@@ -115,11 +120,18 @@ class EproxySettings(ImageScoreSettings, Genes):
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(4e-5, ge=0)
     members: tuple[Member, ...] = ()
+    jacov: Standard | None = None
 
     def of(self, member: Member) -> EproxySettings:
         """Of one member alone."""
         genes = {name: getattr(member, name) for name in Genes.model_fields}
-        return self.model_copy(update={**genes, "members": ()})
+        return self.model_copy(update={**genes, "members": (), "jacov": None})
+
+    @model_validator(mode="after")
+    def _a_vote_needs_members(self) -> EproxySettings:
+        if self.jacov is not None and not self.members:
+            raise ValueError("'jacov' votes beside members, and there are none")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -249,8 +261,8 @@ class Eproxy:
 
 
 class Ensemble:
-    """Several proxies: the mean of their log scores, each in its own standard deviations. May be called by
-    several threads at a time."""
+    """Several proxies: the mean of their log scores, each in its own standard deviations, and half of that
+    where `jacov` has the other half. May be called by several threads at a time."""
 
     def __init__(
         self, space: SearchSpace, images: Tensor, settings: EproxySettings, *, seed: int, device: str = "cpu"
@@ -259,26 +271,64 @@ class Ensemble:
             (Eproxy(space, images, settings.of(member), seed=seed, device=device), member)
             for member in settings.members
         ]
+        self._jacov = None if settings.jacov is None else Correlation(space, images, seed=seed, device=device)
+        self._standard = settings.jacov
 
     @property
     def worst(self) -> float:
         """No score of a network that has not diverged in any is more."""
-        return fmean(standardised(proxy.worst, member) for proxy, member in self._members)
+        vote = fmean(standardised(proxy.worst, member) for proxy, member in self._members)
+        return vote if self._jacov is None else self._joined(vote, self._jacov.worst)
 
     def __call__(self, arch: Arch) -> float:
-        """The score; not finite where the steps of a member diverged."""
+        """The score; not finite where the steps of a member diverged, or an image has no gradient."""
         total = 0.0
         for proxy, member in self._members:
             score = proxy(arch)
             if not (math.isfinite(score) and score <= proxy.worst):
                 return math.inf
             total += standardised(score, member)
-        return total / len(self._members)
+        vote = total / len(self._members)
+        return vote if self._jacov is None else self._joined(vote, self._jacov(arch))
+
+    def _joined(self, vote: float, correlation: float) -> float:
+        assert self._standard is not None
+        return joined(vote, correlation, self._standard) if math.isfinite(correlation) else math.inf
 
 
-def standardised(score: float, member: Member) -> float:
-    """The log of a member's score in standard deviations from its mean."""
-    return (math.log(max(score, LEAST_SCORE)) - member.mean) / member.deviation
+class Correlation:
+    """`jacov` as a voter, on images (N, C, H, W): what the correlation of the N gradients adds to minus its
+    score, which is N where there is none. Positive, the less the better, so that it has a logarithm. May be
+    called by several threads at a time."""
+
+    def __init__(self, space: SearchSpace, images: Tensor, *, seed: int, device: str = "cpu") -> None:
+        self._space, self._seed, self._device = space, seed, device
+        self._images = images.to(device)
+
+    @property
+    def worst(self) -> float:
+        return worst_jacov_loss(len(self._images)) - len(self._images)
+
+    def __call__(self, arch: Arch) -> float:
+        """Not finite where an image has no gradient."""
+        network = build_seeded(self._space, arch, self._seed).to(self._device)
+        return -jacov(network, self._images) - len(self._images)
+
+
+def standardised(score: float, standard: Standard) -> float:
+    """The log of a voter's score in standard deviations from its mean."""
+    return (math.log(max(score, LEAST_SCORE)) - standard.mean) / standard.deviation
+
+
+def joined(vote: float, correlation: float, standard: Standard) -> float:
+    """Half the members' vote, half that of `jacov`."""
+    return (vote + standardised(correlation, standard)) / 2
+
+
+def standard_of(scores: Iterable[float]) -> Standard:
+    """Over finite scores."""
+    logs = [math.log(max(score, LEAST_SCORE)) for score in scores]
+    return Standard(mean=fmean(logs), deviation=max(pstdev(logs), LEAST_SCORE))
 
 
 def proxy_of(
@@ -316,9 +366,10 @@ def make_eproxy(
 ) -> ScoreEvaluator:
     """`total_steps` has no bearing: nothing is trained between two scores."""
     score = proxy_of(space, fixed_images(task, settings, seed), settings, seed=seed, device=device)
+    silent = set() if settings.jacov else {"jacov"}
     identity: Json = {
         "proxy": "eproxy",
-        **settings.model_dump(mode="json", exclude={"workers", "settings_file"}),
+        **settings.model_dump(mode="json", exclude={"workers", "settings_file", *silent}),
         **images_identity(task, settings, seed),
     }
     return ScoreEvaluator(

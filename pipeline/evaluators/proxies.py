@@ -132,6 +132,11 @@ def jacov(network: nn.Module, images: Tensor) -> float:
     return -float((np.log(eigenvalues) + 1 / eigenvalues).sum())
 
 
+def worst_jacov_loss(num_images: int) -> float:
+    """Of images whose gradients are all alike; that of images without correlation is their number."""
+    return num_images * (math.log(JACOV_K) + 1 / JACOV_K)
+
+
 # -------------------------------------------------------------------------------------------- the evaluators
 
 
@@ -198,5 +203,10 @@ def make_jacov(
         return -jacov(build_seeded(space, arch, seed).to(device), images)
 
     identity = {"proxy": "jacov", **images_identity(task, settings, seed)}
-    worst = len(images) * (math.log(JACOV_K) + 1 / JACOV_K)
-    return ScoreEvaluator(space, score, worst=worst, identity=identity, workers=workers_on(device, settings))
+    return ScoreEvaluator(
+        space,
+        score,
+        worst=worst_jacov_loss(len(images)),
+        identity=identity,
+        workers=workers_on(device, settings),
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,16 @@ from pipeline.evaluators.dps import (
     split_known,
     summary,
     tune,
+    with_jacov,
 )
-from pipeline.evaluators.eproxy import Branch, EproxySettings, Member, make_eproxy
+from pipeline.evaluators.eproxy import (
+    LEAST_SCORE,
+    Branch,
+    EproxySettings,
+    Member,
+    Standard,
+    make_eproxy,
+)
 from pipeline.evaluators.genome import Genome, genes
 from pipeline.evaluators.known import Known, read_known
 from pipeline.progress import NoCheckpoint, Silent
@@ -258,6 +267,9 @@ class FakeJudge:
         assert error_A is not None
         return error_A * (1 + 0.0 * settings.alpha)
 
+    def correlations(self, archs: Sequence[Arch]) -> FloatArray:
+        return np.exp(np.random.default_rng(1).normal(size=len(archs)))
+
 
 class Memory:
     """Dies after so many savings."""
@@ -369,8 +381,10 @@ def test_what_is_held_back_guides_nothing() -> None:
         split_known(known, 0.8, seed=0)
 
 
-@pytest.mark.parametrize("members", [1, 3])
-def test_the_held_back_part_judges(monkeypatch: pytest.MonkeyPatch, members: int) -> None:
+@pytest.mark.parametrize(("members", "jacov", "voters"), [(1, False, 0), (1, True, 1), (3, True, 3)])
+def test_the_held_back_part_judges(
+    monkeypatch: pytest.MonkeyPatch, members: int, jacov: bool, voters: int
+) -> None:
     asked: list[Sequence[Arch]] = []
     errors = Judge.errors
 
@@ -384,17 +398,25 @@ def test_the_held_back_part_judges(monkeypatch: pytest.MonkeyPatch, members: int
         asked.append(archs)
         return votes(self, settings, archs)
 
+    correlations = Judge.correlations
+
+    def correlated(self: Judge, archs: Sequence[Arch]) -> FloatArray:
+        asked.append(archs)
+        return correlations(self, archs)
+
     monkeypatch.setattr(Judge, "errors", watched)
     monkeypatch.setattr(Judge, "votes", voted)
+    monkeypatch.setattr(Judge, "correlations", correlated)
     known = known_cells(12)
-    settings = QUICK.model_copy(update={"held_back": 0.5, "members": members})
+    settings = QUICK.model_copy(update={"held_back": 0.5, "members": members, "jacov": jacov})
     result = search_settings(
         SPACE, TASK, known, settings, BASE, seed=0, checkpoint=NoCheckpoint(), progress=Silent()
     )
     used, held = split_known(known, 0.5, seed=0)
     assert {frozenset(archs) for archs in asked[:-2]} == {frozenset(k.arch for k in used)}
     assert [list(archs) for archs in asked[-2:]] == [[k.arch for k in held]] * 2
-    assert len(result.settings.members) == (members if members > 1 else 0)
+    assert len(result.settings.members) == voters
+    assert (result.settings.jacov is not None) is jacov
     accuracy = np.array([k.accuracy for k in held])
     losses = make_eproxy(SPACE, TASK, result.settings, total_steps=0, seed=0, device="cpu").losses(asked[-1])
     assert result.rho == pytest.approx(spearman(losses[:, 0], accuracy))
@@ -422,12 +444,42 @@ def test_what_was_started_from_votes_with_the_best_others_that_differ_in_their_e
     assert 0 < rho <= 1
 
 
+def test_jacov_has_half_of_the_vote() -> None:
+    tries = run(FakeJudge())
+    made = {jacov: make_dps(FakeJudge(), SETTINGS.model_copy(update={"jacov": jacov})) for jacov in (0, 1)}
+    alone, joint = (made[jacov].answer(tries)[0] for jacov in (0, 1))
+    assert alone.jacov is None and joint == alone.model_copy(update={"jacov": joint.jacov})
+    archs = [k.arch for k in known_cells(20)]
+    accuracy_A = np.array([k.accuracy for k in known_cells(20)])
+
+    def z(score_A: FloatArray) -> FloatArray:
+        log_A = np.log(np.maximum(score_A, LEAST_SCORE))
+        return np.asarray((log_A - log_A.mean()) / max(log_A.std(), LEAST_SCORE))
+
+    errors_MA = [FakeJudge().errors(alone.of(member), archs) for member in alone.members]
+    vote_A = np.mean([z(error_A) for error_A in errors_MA], axis=0)
+    both_A = vote_A + z(FakeJudge().correlations(archs))
+    assert made[0].answer(tries)[1] == pytest.approx(spearman(vote_A, accuracy_A))
+    assert made[1].answer(tries)[1] == pytest.approx(spearman(both_A, accuracy_A))
+
+
 def test_one_member_is_the_best_that_was_tried_as_published() -> None:
-    dps = make_dps(FakeJudge(), SETTINGS.model_copy(update={"members": 1}))
+    dps = make_dps(FakeJudge(), SETTINGS.model_copy(update={"members": 1, "jacov": False}))
     tries = dps.run("x", Memory(), Silent())
     found, rho = dps.answer(tries)
     assert not found.members and rho == tries.rho_T.max()
     assert found == dps.settings_of(tries.rows_TG[tries.best])
+    beside_jacov, _ = make_dps(FakeJudge(), SETTINGS.model_copy(update={"members": 1})).answer(tries)
+    (member,) = beside_jacov.members
+    assert beside_jacov.of(member) == found and beside_jacov.jacov is not None
+
+
+def test_known_architectures_that_jacov_cannot_tell_apart_are_refused() -> None:
+    for scores in ([math.inf, math.inf, 2.0], [3.0, 3.0, math.inf]):
+        with pytest.raises(ConfigError, match=r"of 3 known architectures 'jacov' scores [12], all alike"):
+            with_jacov(BASE, np.array(scores))
+    found = with_jacov(BASE, np.array([1.0, math.e, math.inf]))
+    assert found.jacov == Standard(mean=0.5, deviation=0.5)
 
 
 def test_a_search_does_not_start_from_several_members() -> None:

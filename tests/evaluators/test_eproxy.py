@@ -25,10 +25,12 @@ from pipeline.evaluators.eproxy import (
     Eproxy,
     EproxySettings,
     Member,
+    Standard,
     initialise,
     make_eproxy,
 )
-from pipeline.evaluators.scores import ScoreEvaluator, generator
+from pipeline.evaluators.proxies import make_jacov
+from pipeline.evaluators.scores import ImageScoreSettings, ScoreEvaluator, generator
 from pipeline.evaluators.stages import watching
 from pipeline.evaluators.synthetic import BANDS, Feature, target
 from pipeline.settings import parse_settings
@@ -178,12 +180,39 @@ def test_a_network_that_diverges_in_one_member_ranks_last_and_is_counted() -> No
     assert (make(members=(MEMBERS[0], MEMBERS[1])).losses(ARCHS) < losses).all()
 
 
+JACOV = Standard(mean=0.4, deviation=1.5)
+
+
+def test_jacov_has_half_of_the_vote_and_sees_the_same_images() -> None:
+    settings = ImageScoreSettings(batch_size=SMALL.batch_size, workers=1)
+    alone = make_jacov(SPACE, make_task(), settings, total_steps=0, seed=0, device="cpu")
+    correlation = alone.losses(ARCHS, step=0)[:, 0] - SMALL.batch_size
+    assert (correlation > 0).all()
+    expected = (make(members=MEMBERS).losses(ARCHS)[:, 0] + (np.log(correlation) - 0.4) / 1.5) / 2
+    evaluator = make(members=MEMBERS, jacov=JACOV)
+    np.testing.assert_allclose(evaluator.losses(ARCHS)[:, 0], expected, rtol=1e-9)
+    assert evaluator.failed == 0
+
+
+def test_a_network_whose_images_have_no_gradient_ranks_last_and_is_counted() -> None:
+    blind = Arch("nb201", (NONE,) * 6)
+    evaluator = make(members=MEMBERS, jacov=JACOV)
+    losses = evaluator.losses([blind, *ARCHS])[:, 0]
+    assert evaluator.failed == 1 and np.isfinite(losses).all()
+    assert (losses[1:] < losses[0]).all()
+
+
+def test_jacov_does_not_vote_alone() -> None:
+    with pytest.raises(ConfigError, match="'jacov' votes beside members, and there are none"):
+        parse_settings(EproxySettings, {"jacov": JACOV.model_dump()}, "run.yaml: evaluator")
+
+
 def test_members_survive_a_settings_file(tmp_path: Path) -> None:
     path = tmp_path / "tuned.yaml"
-    stated = SMALL.model_copy(update={"members": MEMBERS})
+    stated = SMALL.model_copy(update={"members": MEMBERS, "jacov": JACOV})
     path.write_text(yaml.safe_dump(settings_record(stated)))
     found = parse_settings(EproxySettings, {"settings_file": str(path), "workers": 1}, "run.yaml: evaluator")
-    assert found.members == MEMBERS and found.batch_size == SMALL.batch_size
+    assert (found.members, found.jacov) == (MEMBERS, JACOV) and found.batch_size == SMALL.batch_size
     assert parse_settings(EproxySettings, found.model_dump(mode="json"), "run.yaml") == found
 
 
