@@ -224,6 +224,9 @@ ROUNDS, REFITS = 8, 3
 """Rounds of probes and shortlists, at the most; after the first three the prediction is only scaled."""
 
 PROBES, TIMED_AT_ONCE = 4, 8
+MUCH_UNUSED = 0.05
+"""Less than a finalist was to use, as it would ship, by so much of the budget: its timing was wrong."""
+
 SURPRISE = 0.02
 """What a prediction may err by in the mean of its probes."""
 
@@ -436,20 +439,27 @@ class Deriver:
         self, trials: Sequence[Trial], measured_ms: dict[Arch, float]
     ) -> tuple[Arch, LatencyRecord | None] | None:
         """The first whose untrained network, exported as it will ship, keeps the latency budget, and its
-        latency; those before it are remembered with theirs."""
+        latency; those before it are remembered with theirs. One that was timed wrongly and leaves much of the
+        budget unused waits: it is taken where no other is, or which uses most of it."""
         if self.device is None:
             return (trials[0].finalist.arch, None) if trials else None
         limit_ms = self.tier.budgets["latency_ms"]
+        kept: list[tuple[Arch, LatencyRecord]] = []
         for trial in trials:
             record = self.device.time_as_shipped(trial.finalist.arch)
-            if record.latency_ms <= limit_ms * (1 - self.settings.guard):
-                return trial.finalist.arch, record
+            keeps = record.latency_ms <= limit_ms * (1 - self.settings.guard)
+            if keeps:
+                kept.append((trial.finalist.arch, record))
+                share = max(record.latency_ms / limit_ms, trial.finalist.counted)
+                if share >= min(self.settings.least, trial.usage) - MUCH_UNUSED:
+                    break
             measured_ms[trial.finalist.arch] = record.latency_ms
             self.say(
-                f"tier {self.tier.key}: a finalist took {format_value('latency_ms', record.latency_ms)} of "
-                f"{format_value('latency_ms', limit_ms)} as it would ship; taking the next one"
+                f"tier {self.tier.key}: a finalist took {'only ' if keeps else ''}"
+                f"{format_value('latency_ms', record.latency_ms)} of {format_value('latency_ms', limit_ms)} "
+                "as it would ship; taking the next one"
             )
-        return None
+        return max(kept, key=lambda found: found[1].latency_ms, default=None)
 
 
 def _scaled(usage: Usage, factor: float) -> Usage:

@@ -371,6 +371,23 @@ def test_the_next_one_is_taken_when_the_form_that_ships_misses() -> None:
     ]
 
 
+@pytest.mark.parametrize(("others", "taken"), [(1.0, 1), (0.5, 0)])
+def test_a_form_that_ships_and_leaves_much_unused_waits_for_the_others(others: float, taken: int) -> None:
+    """The first finalist takes 0.7 times what it was timed at; others what they were, or still less."""
+    said: list[str] = []
+    expected = FakeDevice(true_ms)
+    deriver(device=expected).derive(ARCHS, usage_of(true_ms), rng())
+    first = expected.shipped[0]
+    device = FakeDevice(true_ms, lambda arch: (0.7 if arch == first else others) * true_ms(arch))
+    arch, timed, _ = deriver(device=device, say=said.append).derive(ARCHS, usage_of(true_ms), rng())
+    assert timed is not None and timed.latency_ms == device.shipped_ms(arch)  # type: ignore[misc]
+    assert device.shipped[0] == first and (arch != first) == bool(taken)
+    assert len(said) == (1 if taken else len(device.shipped))
+    assert (
+        "a finalist took only 1." in said[0] and "of 2.00 ms as it would ship; taking the next one" in said[0]
+    )
+
+
 def test_no_form_that_ships_keeps_the_budget() -> None:
     device = FakeDevice(true_ms, lambda arch: 0.995 * BUDGET_MS)  # inside the guard
     with pytest.raises(BudgetMissed, match="derive.low and derive.high lower"):
