@@ -285,6 +285,7 @@ CONTESTANTS: dict[str, Contestant] = {
     ASNG: of_catalogue("asng", METHODS["asng"].config(), ASNG_FACTOR),
     "random": of_catalogue("random", METHODS["random"].config()),
     "evolution per tier": of_catalogue("evolution", METHODS["evolution"].config()),
+    "nsga2": of_catalogue("nsga2", METHODS["nsga2"].config()),
     "nsga2 (pymoo)": peer(pymoo_nsga2, population=20),
     "nsga2 (optuna)": peer(optuna_nsga2, population=20),
     "tpe (optuna)": peer(optuna_tpe, shared=True),

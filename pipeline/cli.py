@@ -51,7 +51,7 @@ Data = Annotated[
     typer.Option(help="digits, fashion-mnist or cifar10 (these two also with :PATH), or image-folder:PATH."),
 ]
 Method = Annotated[
-    str | None, typer.Option(help="importance, asng, random, evolution, darts, darts-prime or e2rnas.")
+    str | None, typer.Option(help="importance, asng, random, evolution, nsga2, darts, darts-prime or e2rnas.")
 ]
 Space = Annotated[str | None, typer.Option(help="Search space: mbconv, cell or nb201.")]
 EvaluatorName = Annotated[

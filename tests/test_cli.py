@@ -30,7 +30,8 @@ SURFACE = {
     "export": "--out --tier --engine --ray-address --task-resources",
     "measure": "--out --tier --engine --ray-address --task-resources",
     "report": "--out",
-    "dps": "--known --out --evaluations --members --held-back [config] --data --space --seed --device --set",
+    "dps": "--known --out --evaluations --members --jacov/--no-jacov --held-back [config] --data --space "
+    "--seed --device --set",
     "kit make": "--out [config] --profile --data --space --seed --set --verify --device",
     "kit import": "results --profile",
     "list": "[folder] --json",
@@ -280,5 +281,6 @@ def test_a_proxy_is_tuned_as_the_flags_say(cli: Cli, tmp_path: Path) -> None:
     outcome = cli(*asked, "--evaluations", 4, "--members", 2, "--held-back", 0)
     assert outcome.code == 0, outcome.err
     assert "no architecture was held back" in outcome.out
-    assert len(yaml.safe_load(out.read_text())["members"]) == 2
+    found = yaml.safe_load(out.read_text())
+    assert len(found["members"]) == 2 and found["jacov"]["deviation"] > 0
     assert json.loads(out.with_suffix(".json").read_text())["evaluations"] == 4

@@ -30,6 +30,19 @@ def front_ranks(points_NJ: FloatArray) -> IntArray:
     return ranks_N
 
 
+def crowding(points_NJ: FloatArray) -> FloatArray:
+    """How far apart the neighbours of a point are along a front, summed over the objectives in units of their
+    range; infinite at either end of one. Shape (N,). An objective in which all are alike adds nothing."""
+    distance_N = np.zeros(len(points_NJ))
+    for value_N in points_NJ.T:
+        order_N = np.argsort(value_N, kind="stable")
+        reach = value_N[order_N[-1]] - value_N[order_N[0]]
+        if reach > 0:
+            distance_N[order_N[[0, -1]]] = np.inf
+            distance_N[order_N[1:-1]] += (value_N[order_N[2:]] - value_N[order_N[:-2]]) / reach
+    return distance_N
+
+
 def hypervolume(points_NJ: FloatArray, reference_J: FloatArray) -> float:
     """Volume between the reference point and what the points dominate; points beyond the reference add
     nothing.

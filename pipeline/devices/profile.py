@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import sysconfig
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -222,7 +223,8 @@ def canonical_provider(name: str) -> str:
 
 
 def load_profile(path_or_name: str | Path, folder: Path = PROFILES) -> DeviceProfile:
-    """The profile in a YAML file, or the one of that name in `folder`. Without `name` it takes the file's.
+    """The profile in a YAML file, or the one of that name in `folder`, or else of those that come along.
+    Without `name` it takes the file's.
 
     Raises ProfileError naming file and field."""
     path = _find(path_or_name, folder)
@@ -232,16 +234,27 @@ def load_profile(path_or_name: str | Path, folder: Path = PROFILES) -> DevicePro
     return parse_settings(DeviceProfile, {"name": path.stem, **values}, str(path), ProfileError)
 
 
+def shipped_profiles() -> Path:
+    """The folder of those that come along: of the checkout, else where the package was installed."""
+    checkout = Path(__file__).parents[2]
+    if (checkout / "pyproject.toml").is_file():
+        return checkout / PROFILES
+    return Path(sysconfig.get_path("data")) / "share" / "budgetline" / PROFILES
+
+
 def _find(path_or_name: str | Path, folder: Path) -> Path:
     path = Path(path_or_name)
     if path.is_file():
         return path
-    named = folder / f"{path_or_name}.yaml"
-    if path.name == str(path_or_name) and named.is_file():
-        return named
-    known = sorted(found.stem for found in folder.glob("*.yaml"))
-    there = f"profiles in {folder}/: {', '.join(known)}" if known else f"there are no profiles in {folder}/"
-    raise ProfileError(f"no profile '{path_or_name}': neither a file nor a name; {there}")
+    folders = [folder, shipped_profiles()]
+    if path.name == str(path_or_name):
+        for named in (place / f"{path_or_name}.yaml" for place in folders):
+            if named.is_file():
+                return named
+    known = sorted({found.stem for place in folders for found in place.glob("*.yaml")})
+    raise ProfileError(
+        f"no profile '{path_or_name}': neither a file nor a name in {folder}/; there are: {', '.join(known)}"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- checks

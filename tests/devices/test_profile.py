@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from pipeline.devices import profile
 from pipeline.devices.hardware import usable_cores
 from pipeline.devices.profile import DeviceProfile, canonical_provider, load_profile
 from pipeline.errors import ProfileError
@@ -29,6 +31,31 @@ def test_shipped_profiles_load_by_name_and_by_path(name: str) -> None:
     assert profile.name == name
     assert profile.measures_latency == (name != "params")
     assert [tier.key for tier in profile.tiers_of()] == [f"{name}/{tier.name}" for tier in profile.tiers]
+
+
+def test_a_name_is_looked_for_here_and_then_among_those_that_come_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_profile("cpu-1thread") == load_profile("cpu-1thread", SHIPPED)
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "profiles" / "cpu-1thread.yaml").write_text("batch: 3\n" + ONE_TIER)
+    (tmp_path / "profiles" / "my-board.yaml").write_text(ONE_TIER)
+    assert load_profile("cpu-1thread").batch == 3
+    with pytest.raises(
+        ProfileError, match=r"no profile 'phone': .*: cpu, cpu-1thread, cuda, my-board, params"
+    ):
+        load_profile("phone")
+
+
+def test_installed_without_a_checkout_they_lie_among_its_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profile, "__file__", str(tmp_path / "site" / "pipeline" / "devices" / "profile.py"))
+    monkeypatch.setattr(profile.sysconfig, "get_path", lambda name: str(tmp_path / name))
+    assert profile.shipped_profiles() == tmp_path / "data" / "share" / "budgetline" / "profiles"
+    told = tomllib.loads((SHIPPED.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["data-files"]
+    assert told == {"share/budgetline/profiles": ["profiles/*.yaml"]}
 
 
 def test_tiers_keep_the_order_and_the_limits_of_the_file(write) -> None:  # type: ignore[no-untyped-def]

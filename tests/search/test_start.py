@@ -93,7 +93,7 @@ def test_what_was_liked_is_found_sooner(method: str) -> None:
     assert asked_before(earlier) < asked_before(())
 
 
-@pytest.mark.parametrize("method", ["importance", "evolution"])
+@pytest.mark.parametrize("method", ["importance", "evolution", "nsga2"])
 def test_the_best_of_a_tier_is_asked_for_first(method: str) -> None:
     asked = problem(8.0, 16.0, earlier=sampled(200))
     liked = [Arch("toy", tuple(rows_NS[0].tolist())) for rows_NS in favourites(asked)]
