@@ -151,9 +151,11 @@ class Judged:
         return score_kept(evaluator, self._archs, path, self._progress, f"draw {self._seed}: {label}")
 
 
-def judge_draw(found: DpsResult, known: list[Known], judge: Judge, judged: Judged) -> Json:
-    """ρ of the four ways, and what a candidate takes."""
-    base, archs = EproxySettings(), [k.arch for k in known]
+def judge_draw(
+    found: DpsResult, known: list[Known], base: EproxySettings, judge: Judge, judged: Judged
+) -> Json:
+    """ρ of the four ways, and what a candidate takes; `base` are the default settings."""
+    archs = [k.arch for k in known]
     tuned, default = judged.eproxy(found.settings, "judging tuned"), judged.eproxy(base, "judging default")
     correlation = judged.correlation(ImageScoreSettings(batch_size=base.batch_size))
     standard = with_jacov(found.settings, judge.correlations(archs)).jacov
@@ -254,11 +256,12 @@ def main() -> bool:
     draws: list[Json] = []
     for draw in range(asked.draws) if asked.only is None else [asked.only]:
         work, known = RunFolder(asked.work / f"draw{draw}"), known_cells(table, known_rows[draw])
-        judge = Judge(space, task, EproxySettings(), seed=draw, device=asked.device)
+        base = EproxySettings()
+        judge = Judge(space, task, base, seed=draw, device=asked.device)
         judged = Judged(cells, space, task, draw, asked.device, work, progress)
         with work.locked():
             found = search_draw(draw, known, space, task, settings, work, progress, asked.device)
-            draws.append({"draw": draw, **found.to_json(), **judge_draw(found, known, judge, judged)})
+            draws.append({"draw": draw, **found.to_json(), **judge_draw(found, known, base, judge, judged)})
     return evidence.finish(
         asked.json,
         seeds=[int(draw["draw"]) for draw in draws],

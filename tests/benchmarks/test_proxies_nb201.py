@@ -12,7 +12,7 @@ import torch
 from scipy.stats import spearmanr
 
 from benchmarks import nb201_cells
-from benchmarks.dps_nb201 import Judged, known_cells, search_draw
+from benchmarks.dps_nb201 import Judged, judge_draw, known_cells, search_draw
 from benchmarks.dps_nb201 import table_of as dps_table
 from benchmarks.dps_nb201 import targets_of as dps_targets
 from benchmarks.nb201_cells import (
@@ -40,8 +40,8 @@ from pipeline.costs.counts import module_flops, module_params
 from pipeline.data.base import ImageTask
 from pipeline.errors import ConfigError, StaleArtifact
 from pipeline.evaluators import scores
-from pipeline.evaluators.dps import DpsSettings
-from pipeline.evaluators.eproxy import Branch, EproxySettings
+from pipeline.evaluators.dps import DpsSettings, Judge, with_jacov
+from pipeline.evaluators.eproxy import Branch, EproxySettings, make_eproxy
 from pipeline.progress import Silent
 from pipeline.spaces.nb201 import NB201Settings, NB201Space
 from pipeline.types import Arch
@@ -246,14 +246,16 @@ def test_proxies_are_judged_side_by_side(table: CellTable, tmp_path: Path) -> No
 # ------------------------------------------------------------------------------------------------------- dps
 
 
-def test_a_draw_is_searched_once_and_judged_beside_the_default(
+def test_a_draw_is_searched_once_and_judged_four_ways(
     table: CellTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = table.draw(8, 2, 0)
     known = known_cells(table, rows)
     assert {k.accuracy for k in known} <= set(table.truth_R[rows].tolist())
     space, work = space_of(TASK.image_shape, 3, 1), RunFolder(tmp_path)
-    settings = DpsSettings(population=2, tournament=1, evaluations=3, held_back=0.0, max_channels=16)
+    settings = DpsSettings(
+        population=2, tournament=1, evaluations=3, jacov=False, held_back=0.0, max_channels=16
+    )
     found = search_draw(0, known, space, TASK, settings, work, Silent(), "cpu")
     assert (tmp_path / "search.yaml").exists() and not (tmp_path / "search.npz").exists()
     monkeypatch.setattr("benchmarks.dps_nb201.search_settings", lambda *a, **k: pytest.fail("searched again"))
@@ -261,11 +263,19 @@ def test_a_draw_is_searched_once_and_judged_beside_the_default(
     with pytest.raises(StaleArtifact):
         search_draw(0, known[1:], space, TASK, settings, work, Silent(), "cpu")
     others = table.draw(10, 1, without=rows)
-    judged = Judged(table, others, space, TASK, "cpu")
-    quick = EproxySettings(batch_size=4, iterations=2, branches=(Branch(channels=4),))
-    default = judged.quality(quick, 0, work, "toy", Silent())
-    assert judged.quality(quick, 0, work, "toy", Silent()) == default
-    draws = [{"draw": 0, **found.to_json(), "tuned": {**default, "rho": 0.9}, "default": default}]
+    cells = table.archs(others), table.truth_R[others]
+    base = EproxySettings(iterations=2, branches=(Branch(channels=4),))
+    judge_of_known = Judge(space, TASK, base, seed=0)
+    judged = Judged(cells, space, TASK, 0, "cpu", work, Silent())
+    quality = judge_draw(found, known, base, judge_of_known, judged)
+    assert judge_draw(found, known, base, judge_of_known, judged) == quality
+    # the answer is what a run on the settings file would rank by
+    answer = with_jacov(found.settings, judge_of_known.correlations([k.arch for k in known]))
+    for settings_of_way, way in ((answer, "answer"), (found.settings, "tuned"), (base, "default")):
+        evaluator = make_eproxy(space, TASK, settings_of_way, total_steps=0, seed=0, device="cpu")
+        expected = rank_quality(evaluator.losses(cells[0], step=0)[:, 0], cells[1])
+        assert quality[way] == pytest.approx(expected, nan_ok=True)
+    draws = [{"draw": 0, **found.to_json(), **quality, "answer": {**quality["answer"], "rho": 0.9}}]
     (target,) = dps_targets(draws)
     assert target.passed and target.name == "mean ρ of 1 draws after tuning"
     assert [line.split("|")[1].strip() for line in dps_table(draws).splitlines()[2:]] == ["0", "mean"]
