@@ -400,6 +400,33 @@ def drive(
     return run.result()
 
 
+def in_bands(method: str, sampler: Callable[[SearchProblem, Any, BandSampler], Sampler[Any]]) -> Run:
+    """The `run` of a method whose sampler, made from (problem, config, bands), begins in the tiers' bands. It
+    raises InfeasibleBudget, and what `drive` does."""
+
+    def run(
+        problem: SearchProblem,
+        config: Any,
+        *,
+        checkpoint: Checkpoint,
+        trace: Callable[[Json], None],
+        progress: Progress,
+    ) -> SearchResult:
+        bands = BandSampler(problem)
+        return drive(
+            method,
+            problem,
+            config,
+            sampler(problem, config, bands),
+            checkpoint=checkpoint,
+            trace=trace,
+            progress=progress,
+            bands=bands,
+        )
+
+    return run
+
+
 class _Search(Generic[State]):
     """The moving parts of one driven search; all of it that must survive is in `save`."""
 

@@ -7,7 +7,6 @@ keeps the budget is taken, for costs are known without an evaluation. Axes: K ti
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -16,10 +15,10 @@ from pydantic import Field
 
 from pipeline.algorithms import evolution
 from pipeline.algorithms.evolution import Population
-from pipeline.search.base import BandSampler, Sampler, SearchMethod, SearchProblem, drive
+from pipeline.search.base import BandSampler, Sampler, SearchMethod, SearchProblem, in_bands
 from pipeline.search.start import favourites
 from pipeline.settings import Settings
-from pipeline.types import Checkpoint, FloatArray, IntArray, Json, Progress, SearchResult
+from pipeline.types import FloatArray, IntArray, Json
 
 OVER_BUDGET = 1e9
 """Times its usage: the fitness of a member that breaks its budget, worse than any loss."""
@@ -42,28 +41,6 @@ class Populations(NamedTuple):
     choices_KPS: IntArray
     fitness_KP: FloatArray
     born: IntArray
-
-
-def run(
-    problem: SearchProblem,
-    config: Evolution,
-    *,
-    checkpoint: Checkpoint,
-    trace: Callable[[Json], None],
-    progress: Progress,
-) -> SearchResult:
-    """Evolve every tier's population by one child per iteration. Raises InfeasibleBudget."""
-    bands = BandSampler(problem)
-    return drive(
-        "evolution",
-        problem,
-        config,
-        sampler(problem, config, bands),
-        checkpoint=checkpoint,
-        trace=trace,
-        progress=progress,
-        bands=bands,
-    )
 
 
 def sampler(problem: SearchProblem, config: Evolution, bands: BandSampler) -> Sampler[Populations]:
@@ -128,4 +105,4 @@ def _joined(populations: list[Population]) -> Populations:
     )
 
 
-METHOD = SearchMethod(Evolution, run, warm_starts=True)
+METHOD = SearchMethod(Evolution, in_bands("evolution", sampler), warm_starts=True)

@@ -12,7 +12,6 @@ members, N rows, S slots.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -21,10 +20,10 @@ from pydantic import Field
 
 from pipeline.algorithms import evolution
 from pipeline.algorithms.pareto import crowding, front_ranks
-from pipeline.search.base import BandSampler, Sampler, SearchMethod, SearchProblem, drive
+from pipeline.search.base import BandSampler, Sampler, SearchMethod, SearchProblem, in_bands
 from pipeline.search.start import favourites
 from pipeline.settings import Settings
-from pipeline.types import Checkpoint, FloatArray, IntArray, Json, Progress, SearchResult, Tier
+from pipeline.types import FloatArray, IntArray, Json, Tier
 
 OVER_BUDGET = 1e9
 """What a member's loss grows by per unit of usage beyond the most generous budget."""
@@ -69,29 +68,8 @@ class Members(NamedTuple):
         return self.at(np.flatnonzero(np.isfinite(self.loss_P)))
 
 
-def run(
-    problem: SearchProblem,
-    config: Nsga2,
-    *,
-    checkpoint: Checkpoint,
-    trace: Callable[[Json], None],
-    progress: Progress,
-) -> SearchResult:
-    """A generation per iteration. Raises InfeasibleBudget."""
-    bands = BandSampler(problem)
-    return drive(
-        "nsga2",
-        problem,
-        config,
-        sampler(problem, config, bands),
-        checkpoint=checkpoint,
-        trace=trace,
-        progress=progress,
-        bands=bands,
-    )
-
-
 def sampler(problem: SearchProblem, config: Nsga2, bands: BandSampler) -> Sampler[Members]:
+    """A generation per iteration."""
     num_tiers, num_slots = len(problem.tiers), len(problem.sizes)
     num = config.population
     columns = cost_columns(problem.tiers)
@@ -182,4 +160,4 @@ def best_first(points_NJ: FloatArray) -> IntArray:
     return np.lexsort([-distance_N, ranks_N])
 
 
-METHOD = SearchMethod(Nsga2, run, warm_starts=True)
+METHOD = SearchMethod(Nsga2, in_bands("nsga2", sampler), warm_starts=True)
