@@ -127,6 +127,19 @@ def test_children_are_new_and_the_best_of_both_generations_live() -> None:
         assert front <= living if len(front) <= 10 else living <= front
 
 
+def test_what_keeps_no_budget_ranks_behind_what_does_however_good_it_is() -> None:
+    asked = problem((tier("s", latency_ms=6.0), tier("m", latency_ms=9.0)))
+    parts = sampler(asked, Nsga2(population=4), BandSampler(asked))
+    over = np.array([[3] * 6, [3, 3, 3, 3, 3, 2]])
+    within = np.array([[0] * 6, [1] + [0] * 5, [1, 1] + [0] * 4, [1, 1, 1] + [0] * 3])
+    rows = np.concatenate([over, within])
+    losses = np.array(
+        [-9.0, -8.0, 4.0, 4.5, 4.6, 4.7]
+    )  # those within are each worse and dearer than the first
+    state = parts.tell(parts.init(), rows, losses, asked.usage_of(rows), np.random.default_rng(0))
+    assert {tuple(row) for row in state.choices_PS.tolist()} == {tuple(row) for row in within.tolist()}
+
+
 def test_a_space_smaller_than_the_population_is_searched_to_its_end() -> None:
     rows = np.indices((2, 3)).reshape(2, -1).T
     asked = SearchProblem(
