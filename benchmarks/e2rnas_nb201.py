@@ -92,8 +92,8 @@ CONTENDERS = {
     "e2rnas": Contender("e2rnas", E2rnas(), "none", adversarial=True),
     "darts": Contender("darts", Darts(), "none"),
     "darts-prime": Contender("darts-prime", DartsPrime(), "nodes"),
-    "e2rnas, clean weights": Contender("e2rnas", E2rnas(), "none"),
-    "darts, adversarial weights": Contender("darts", Darts(), "none", adversarial=True),
+    "e2rnas on clean weights": Contender("e2rnas", E2rnas(), "none"),
+    "darts on adversarial weights": Contender("darts", Darts(), "none", adversarial=True),
 }
 
 
@@ -143,7 +143,7 @@ def search(
     """The record of one search, from the work folder where it is finished."""
     contender = CONTENDERS[name]
     settings = contender.with_reach(asked.steps)
-    stem = f"{name.replace(',', '').replace(' ', '-')}-seed{seed}"
+    stem = f"{name.replace(' ', '-')}-seed{seed}"
     path = work.path(f"{stem}.json")
     described = [*identity(asked), contender.mixed_norm, contender.adversarial, settings.model_dump()]
     inputs = {"settings": sha256_json(described), "data": task.fingerprint}
@@ -324,7 +324,7 @@ def arguments() -> Namespace:
     parser.add_argument("--work", type=Path, metavar="DIR", help="default: beside the JSON, named after it")
     parser.add_argument("--data", default="cifar10", help="as of `budgetline run` (default: cifar10)")
     parser.add_argument("--images", type=int, default=10_000, help="for weights and α together")
-    parser.add_argument("--methods", default=";".join(CONTENDERS), help="with ; between; default: all")
+    parser.add_argument("--methods", default=",".join(CONTENDERS), help="with commas between; default: all")
     parser.add_argument("--seeds", type=whole_numbers, default=[0, 1, 2], help="with commas between")
     parser.add_argument("--budgets", type=shares, default=[0.35, 0.7], help="shares of the parameters' range")
     parser.add_argument("--warm-up", type=int, default=600, help="minibatches for all tiers")
@@ -370,7 +370,7 @@ def main() -> bool:
 
     torch.set_flush_denormal(True)
     progress = progress_for(Console(stderr=True))
-    names = [name.strip() for name in asked.methods.split(";")]
+    names = [name.strip() for name in asked.methods.split(",")]
     for name in names:
         pick(CONTENDERS, name, "method")
     if asked.estimate:

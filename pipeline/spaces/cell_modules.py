@@ -35,6 +35,7 @@ from pipeline.spaces.cell import (
     run_network,
 )
 from pipeline.spaces.depthwise import DepthwiseConv2d
+from pipeline.spaces.layout import gradient_like_value
 from pipeline.spaces.pooling import average_pool
 from pipeline.types import Arch
 
@@ -73,7 +74,12 @@ class Operators:
         return _normalise(total) if self._norm == "nodes" else total
 
     def concatenate(self, values: Sequence[Tensor]) -> Tensor:
-        return values[0] if len(values) == 1 else torch.cat(list(values), 1)
+        return values[0] if len(values) == 1 else concatenated(values)
+
+
+def concatenated(values: Sequence[Tensor]) -> Tensor:
+    """Side by side in channels."""
+    return torch.cat([gradient_like_value(value) for value in values], 1)
 
 
 def _normalise(x: Tensor) -> Tensor:
@@ -119,7 +125,7 @@ class Halving(nn.Module):
 
     def forward(self, x: Tensor, columns: Columns | None = None) -> Tensor:
         shifted = x[:, :, 1:, 1:] if self._shift else x
-        return torch.cat([self.even(x, columns), self.odd(shifted, columns)], 1)
+        return concatenated([self.even(x, columns), self.odd(shifted, columns)])
 
 
 def separable(channels: int, convolution: Convolution, stride: int, shared: bool) -> nn.Sequential:
@@ -277,7 +283,7 @@ class Skeleton(nn.Module):
 
     def classify(self, features: Tensor, plan: Plan) -> Tensor:
         columns, classifier = self.columns(plan).get("", {}).get("classifier"), self.classifier
-        pooled = features.mean((2, 3))
+        pooled = gradient_like_value(features).mean((2, 3))
         if columns is not None:
             return F.linear(pooled, take(classifier.weight, columns), classifier.bias)
         logits: Tensor = classifier(pooled)

@@ -87,7 +87,7 @@ def test_a_table_without_attacks_is_refused() -> None:
 def test_halves_are_changed_one_at_a_time() -> None:
     ours = CONTENDERS["e2rnas"]
     assert ours.adversarial and ours.settings == E2rnas()
-    clean, plain = CONTENDERS["e2rnas, clean weights"], CONTENDERS["darts, adversarial weights"]
+    clean, plain = CONTENDERS["e2rnas on clean weights"], CONTENDERS["darts on adversarial weights"]
     assert (clean.method, clean.settings, clean.mixed_norm, clean.adversarial) == (
         ours.method,
         ours.settings,
@@ -100,7 +100,7 @@ def test_halves_are_changed_one_at_a_time() -> None:
 def test_every_method_searches_once_per_seed_for_the_same_budgets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--seeds", "0,1", "--methods", "e2rnas;darts;darts-prime"]
+    words = ["--seeds", "0,1", "--methods", "e2rnas,darts,darts-prime"]
     found = run(monkeypatch, tmp_path, *words)
     numbers = found["numbers"]
     assert set(numbers["methods"]) == {"e2rnas", "darts", "darts-prime"}
@@ -121,4 +121,4 @@ def test_an_estimate_times_and_searches_nothing(
     monkeypatch.setattr(e2rnas_nb201, "METHODS", {})
     with pytest.raises(FileNotFoundError):
         run(monkeypatch, tmp_path, "--estimate", "1")
-    assert "| darts, adversarial weights |" in capsys.readouterr().out
+    assert "| darts on adversarial weights |" in capsys.readouterr().out
