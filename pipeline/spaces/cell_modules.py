@@ -114,18 +114,34 @@ class ConvNorm(nn.Module):
 class Halving(nn.Module):
     """Half the size by two 1×1 convolutions side by side, one on the even and one on the odd pixels,
     which at an odd `size` would be too few: there both take the even ones, from border to border. The
-    norm of each is its own, which is the same as one for both and can be folded."""
+    norm of each is its own, which is the same as one for both and can be folded.
+
+    Shared weights take both at once, as 2×2 kernels of which one pixel is not 0: the gradient by a map
+    without its first row and column would take several times as long."""
 
     def __init__(self, channels_in: int, channels_out: int, size: int, *, shared: bool) -> None:
         super().__init__()
         self._shift = 1 - size % 2
+        self._shared = shared
         half = channels_out // 2
         self.even = ConvNorm(channels_in, half, stride=2, shared=shared)
         self.odd = ConvNorm(channels_in, channels_out - half, stride=2, shared=shared)
 
     def forward(self, x: Tensor, columns: Columns | None = None) -> Tensor:
+        if self._shared:  # so its norms have no parameters
+            return _normalise(self._convolve(x, columns))
         shifted = x[:, :, 1:, 1:] if self._shift else x
         return concatenated([self.even(x, columns), self.odd(shifted, columns)])
+
+    def _convolve(self, x: Tensor, columns: Columns | None) -> Tensor:
+        """Both convolutions."""
+        even, odd = (
+            conv.weight if columns is None else take(conv.weight, columns)
+            for conv in (self.even.conv, self.odd.conv)
+        )
+        far = self._shift
+        kernels = [F.pad(even, (0, far, 0, far)), F.pad(odd, (far, 0, far, 0))]
+        return F.conv2d(x, torch.cat(kernels), None, 2)
 
 
 def separable(channels: int, convolution: Convolution, stride: int, shared: bool) -> nn.Sequential:
