@@ -7,8 +7,7 @@ darts-prime, darts, and darts-prime with each part changed in turn; no budget bi
 number of optimiser steps on the weights. Adam's learning rate is the published one times published
 minibatches over these, so that α can go as far as in the papers. Where the schedule is dynamic, images
 are divided r : 1 as published, else 1 : 1. The cell that the last mixture stands for is looked up in
-the table; beside it the candidate with the least loss, which is what a run's `derive` would look at
-first.
+the table.
 
 Every (method, seed) is kept in the work folder, also half-way: the same command goes on where it
 stopped. With --estimate N nothing is searched: N minibatches of each kind are timed and the whole is
@@ -20,7 +19,7 @@ from __future__ import annotations
 import time
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -116,7 +115,9 @@ def task_of(asked: Namespace, share: float, progress: Progress) -> ImageTask:
     return load_task(asked.data, seed=0, settings=settings, progress=progress)
 
 
-def make_problem(asked: Namespace, variant: Variant, task: ImageTask, seed: int) -> SearchProblem:
+def make_problem(
+    asked: Namespace, variant: Variant, task: ImageTask, seed: int, made_from: Mapping[str, str]
+) -> SearchProblem:
     """One tier that nothing exceeds."""
     settings = NB201Settings(
         cells=asked.cells,
@@ -139,8 +140,9 @@ def make_problem(asked: Namespace, variant: Variant, task: ImageTask, seed: int)
         {"table": costs},
         (Tier("table", "free", (Limit("params", 2 * most, False, "free"),)),),
         evaluator,
-        evaluations=asked.steps + variant.settings.candidates,
+        evaluations=asked.steps,
         seed=seed,
+        made_from=made_from,
     )
 
 
@@ -152,28 +154,27 @@ def search(
     settings = variant.with_reach(asked.steps)
     stem = f"{name.replace(' ', '-')}-seed{seed}"
     path = work.path(f"{stem}.json")
-    inputs = {"settings": sha256_json([*identity(asked), variant.mixed_norm, settings.model_dump()])}
-    record = work.read_record(path, {**inputs, "data": task.fingerprint})
+    described = [*identity(asked), variant.mixed_norm, settings.model_dump()]
+    inputs = {"settings": sha256_json(described), "data": task.fingerprint}
+    record = work.read_record(path, inputs)
     if record is not None:
         return record
     progress.say(f"{name}, seed {seed}")
-    problem = make_problem(asked, variant, task, seed)
+    problem = make_problem(asked, variant, task, seed, inputs)
     checkpoint = FileCheckpoint(work.path(f"{stem}.npz"))
     trace = TraceFile(work.path(f"{stem}.jsonl"), checkpoint)
     result = METHODS[variant.method].run(
         problem, settings, checkpoint=checkpoint, trace=trace.write, progress=progress
     )
     assert result.theta_KSC is not None
-    best = min(result.candidates, key=lambda candidate: candidate.loss)
     record = {
         "choices": result.theta_KSC[0].argmax(axis=1).tolist(),
-        "candidate": list(best.arch.choices),
         "theta": np.round(result.theta_KSC[0], 4).tolist(),
         "learning_rate": settings.learning_rate,
-        "steps_of_alpha": result.evaluations - sum(c.evaluations for c in result.candidates),
+        "steps_of_alpha": result.evaluations,
         "minutes": round(result.seconds / 60, 2),
     }
-    work.write_record(path, record, {**inputs, "data": task.fingerprint})
+    work.write_record(path, record, inputs)
     checkpoint.remove()
     return record
 
@@ -211,7 +212,6 @@ def summary(table: Table, records: Sequence[Json]) -> Json:
         "mean": fmean(accuracy),
         "worst": min(accuracy),
         "accuracy": accuracy,
-        "candidate": fmean(table.accuracy(record["candidate"]) for record in records),
         "steps_of_alpha": fmean(record["steps_of_alpha"] for record in records),
         "minutes": fmean(record["minutes"] for record in records),
         "records": [{k: v for k, v in r.items() if k not in ("schema", "inputs")} for r in records],
@@ -225,14 +225,13 @@ def in_words(choices: Sequence[int], names: Sequence[str]) -> str:
 
 
 def result_table(results: dict[str, Json], names: Sequence[str]) -> str:
-    headings = ["method", "mean %", "worst %", "per seed %", "best candidate %", "cells", "steps of α", "min"]
+    headings = ["method", "mean %", "worst %", "per seed %", "cells", "steps of α", "min"]
     rows = [
         [
             name,
             f"{found['mean']:.2f}",
             f"{found['worst']:.2f}",
             ", ".join(f"{value:.2f}" for value in found["accuracy"]),
-            f"{found['candidate']:.2f}",
             "; ".join(in_words(record["choices"], names) for record in found["records"]),
             f"{found['steps_of_alpha']:.0f}",
             f"{found['minutes']:.1f}",
@@ -262,7 +261,7 @@ def estimate(asked: Namespace, names: Sequence[str], progress: Progress) -> str:
     for name in names:
         variant = VARIANTS[name]
         task = task_of(asked, variant.architecture_share, progress)
-        problem = make_problem(asked, variant, task, 0)
+        problem = make_problem(asked, variant, task, 0, {})
         evaluator = problem.evaluator
         assert isinstance(evaluator, RelaxedSupernet)
         offers_none = variant.mixed_norm != "nodes"

@@ -10,11 +10,11 @@ Adam's learning rate, the split of the images and the norms are those of `benchm
 Beside the three methods e2rnas on weights that train on clean images, and darts on adversarial ones:
 which half does what.
 
-A tier's cell is the candidate with the least loss of the supernet among those that use 85 % to 100 % of
-its budget (or less, where there are none), which is where a run's `derive` looks first: so cells are
-compared with others of about their size. The table says what one is worth after 200 epochs of training
-on clean images: accuracy as it is and under FGSM and PGD at --epsilon, and its size. Beside it, what
-random connected cells of that band have on average and at best, and how many of them are worse.
+A tier's cell is the one nearest to its last mixture among those that use 85 % to 100 % of its budget, which
+is how a run's `derive` orders them: so cells are compared with others of about their size. The table says
+what one is worth after 200 epochs of training on clean images: accuracy as it is and under FGSM and PGD at
+--epsilon, and its size. Beside it, what random connected cells of that band have on average and at best, how
+many of them are worse, and in how much of a search the budget or the size had a say.
 
 Every (method, seed) is kept in the work folder, also half-way: the same command goes on where it
 stopped. With --estimate N nothing is searched: N minibatches of each kind are timed and the whole is
@@ -23,8 +23,10 @@ projected.
 
 from __future__ import annotations
 
+import itertools
+import json
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -37,7 +39,6 @@ from benchmarks.darts_nb201 import Variant, in_words, seconds_per_call, task_of
 from benchmarks.record import (
     Evidence,
     Target,
-    at_least,
     markdown_table,
     parser_for,
     run_script,
@@ -50,6 +51,7 @@ from pipeline.costs.table import SpaceCosts
 from pipeline.data.base import ImageTask
 from pipeline.errors import ConfigError
 from pipeline.evaluators.adversarial import AdversarialSettings, make_adversarial
+from pipeline.evaluators.nearest import Nearest
 from pipeline.evaluators.relaxed import RelaxedSettings, RelaxedSupernet
 from pipeline.run import TraceFile
 from pipeline.search import METHODS
@@ -116,7 +118,9 @@ def tiers_of(asked: Namespace, space: NB201Space, costs: SpaceCosts) -> tuple[Ti
     return tuple(tier(share) for share in asked.budgets)
 
 
-def make_problem(asked: Namespace, contender: Contender, task: ImageTask, seed: int) -> SearchProblem:
+def make_problem(
+    asked: Namespace, contender: Contender, task: ImageTask, seed: int, made_from: Mapping[str, str]
+) -> SearchProblem:
     space = space_of(asked, task, contender.mixed_norm)
     costs = SpaceCosts(space, None)
     tiers = tiers_of(asked, space, costs)
@@ -131,9 +135,10 @@ def make_problem(asked: Namespace, contender: Contender, task: ImageTask, seed: 
         {DEVICE: costs},
         tiers,
         make(space, task, settings, total_steps=total, seed=seed, device=asked.device),
-        evaluations=len(tiers) * (asked.steps + contender.settings.candidates),
+        evaluations=len(tiers) * asked.steps,
         warm_up=asked.warm_up,
         seed=seed,
+        made_from=made_from,
     )
 
 
@@ -151,26 +156,29 @@ def search(
     if record is not None:
         return record
     progress.say(f"{name}, seed {seed}")
-    problem = make_problem(asked, contender, task, seed)
+    problem = make_problem(asked, contender, task, seed, inputs)
     checkpoint = FileCheckpoint(work.path(f"{stem}.npz"))
     trace = TraceFile(work.path(f"{stem}.jsonl"), checkpoint)
     result = METHODS[contender.method].run(
         problem, settings, checkpoint=checkpoint, trace=trace.write, progress=progress
     )
-    assert result.theta_KSC is not None
-    archs = [candidate.arch for candidate in result.candidates]
-    usage_NK = problem.usage(archs)
-    loss_N = np.array([candidate.loss for candidate in result.candidates])
-    best_K = [best_candidate(loss_N, usage_N) for usage_N in usage_NK.T]
+    assert result.theta_KSC is not None and result.mixes_KEO is not None
+    space = problem.space
+    assert isinstance(space, NB201Space)
+    last = [space.canonical(space.discretise(mix_EO)) for mix_EO in result.mixes_KEO]
+    cells = nearest_cells(problem, space, result.mixes_KEO)
+    usage_K, last_usage_K = (problem.usage(archs).diagonal().tolist() for archs in (cells, last))
     record = {
         "tiers": [
             {
                 "name": tier.name,
-                "choices": list(archs[best].choices),
-                "usage": float(usage_NK[best, k]),
-                "last_mixture": result.theta_KSC[k].argmax(axis=1).tolist(),
+                "choices": list(cells[k].choices),
+                "usage": usage_K[k],
+                "last_mixture": list(last[k].choices),
+                "last_usage": last_usage_K[k],
+                "pressed": share_pressed(work.path(f"{stem}.jsonl"), tier),
             }
-            for k, (tier, best) in enumerate(zip(problem.tiers, best_K, strict=True))
+            for k, tier in enumerate(problem.tiers)
         ],
         "theta": np.round(result.theta_KSC, 4).tolist(),
         "learning_rate": settings.learning_rate,
@@ -181,11 +189,26 @@ def search(
     return record
 
 
-def best_candidate(loss_N: FloatArray, usage_N: FloatArray) -> int:
-    """The least loss in the band; below it where nothing is there. Something keeps every budget."""
-    fits_N = usage_N <= 1
-    band_N = fits_N & (usage_N >= BAND)
-    return int(np.where(band_N if band_N.any() else fits_N, loss_N, np.inf).argmin())
+def nearest_cells(problem: SearchProblem, space: NB201Space, mixes_KEO: FloatArray) -> list[Arch]:
+    """Per tier, of all cells in its band."""
+    choices = itertools.product(*(range(len(slot.choices)) for slot in space.slots))
+    archs = list(dict.fromkeys(space.canonical(Arch(NAME, row)) for row in choices))
+    usage_NK = problem.usage(archs)
+    found: list[Arch] = []
+    for mix_EO, usage_N in zip(mixes_KEO, usage_NK.T, strict=True):
+        inside = [archs[row] for row in np.flatnonzero((usage_N >= BAND) & (usage_N <= 1))]
+        distance_N = Nearest(space, mix_EO).losses(inside, step=0)[:, 0]
+        found.append(inside[int(distance_N.argmin())])
+    return found
+
+
+def share_pressed(trace: Path, tier: Tier) -> float:
+    """In how many of a tier's steps of α a limit's multiplier or the size's weight was above 0."""
+    records = map(json.loads, trace.read_text().splitlines())
+    moves = [own for r in records for own in r.get("tiers", ()) if own["tier"] == tier.key and "loss" in own]
+    return fmean(
+        max(own["multiplier"].values()) > 0 or own.get("objective_weights", [0])[-1] > 0 for own in moves
+    )
 
 
 def identity(asked: Namespace) -> list[Any]:
@@ -243,6 +266,7 @@ def summary(table: Table, records: Sequence[Json], tier: int, beside: Json) -> J
         "choices": [cell["choices"] for cell in cells],
         "last_mixture": [cell["last_mixture"] for cell in cells],
         "usage": [cell["usage"] for cell in cells],
+        "pressed": fmean(cell["pressed"] for cell in cells),
         "per_seed": worth,
         **{name: fmean(seed[name] for seed in worth) for name in table.judged},
         "better_than": {
@@ -255,6 +279,7 @@ def summary(table: Table, records: Sequence[Json], tier: int, beside: Json) -> J
 
 def result_table(table: Table, results: dict[str, Json], beside: dict[str, Json]) -> str:
     headings = ["budget", "method", "clean %", "FGSM %", "PGD %", "params M", "better than, clean/FGSM/PGD"]
+    headings += ["pressed", "cells"]
     rows: list[list[str]] = []
     names = NB201Space.slots[0].choices
     for tier, found in beside.items():
@@ -262,11 +287,12 @@ def result_table(table: Table, results: dict[str, Json], beside: dict[str, Json]
             own = tiers[tier]
             better = "/".join(f"{share:.0%}" for share in own["better_than"].values())
             cells = "; ".join(in_words(choices, names) for choices in own["choices"])
-            rows.append([tier, method, *(f"{own[name]:.2f}" for name in table.judged), better, cells])
+            worth = [f"{own[name]:.2f}" for name in table.judged]
+            rows.append([tier, method, *worth, better, f"{own['pressed']:.0%}", cells])
         for word in ("mean", "best"):
             values = [f"{found[name][word]:.2f}" for name in table.judged[:-1]]
-            rows.append([tier, f"random cells, {word}", *values, f"{found[SIZE]['mean']:.2f}", "", ""])
-    return markdown_table([*headings, "cells"], rows)
+            rows.append([tier, f"random cells, {word}", *values, f"{found[SIZE]['mean']:.2f}", "", "", ""])
+    return markdown_table(headings, rows)
 
 
 def targets_of(table: Table, results: dict[str, Json]) -> list[Target]:
@@ -277,14 +303,13 @@ def targets_of(table: Table, results: dict[str, Json]) -> list[Target]:
 
     if "e2rnas" not in results:
         return []
-    return [
-        at_least(
-            f"e2rnas over {rival}, {attack.upper()}", mean("e2rnas", column) - mean(rival, column), 0, " %"
-        )
+    ahead = {
+        f"e2rnas over {rival}, {attack.upper()}": mean("e2rnas", column) - mean(rival, column)
         for rival in ("darts", "darts-prime")
         if rival in results
         for attack, column in table.attacks.items()
-    ]
+    }
+    return [Target(name, "> 0 %", f"{by:.2f} %", by > 0) for name, by in ahead.items()]
 
 
 # -------------------------------------------------------------------------------------------------- estimate
@@ -296,7 +321,9 @@ def estimate(asked: Namespace, names: Sequence[str], progress: Progress) -> str:
     whole = 0.0
     for name in names:
         contender = CONTENDERS[name]
-        problem = make_problem(asked, contender, task_of(asked, contender.architecture_share, progress), 0)
+        problem = make_problem(
+            asked, contender, task_of(asked, contender.architecture_share, progress), 0, {}
+        )
         evaluator: Any = problem.evaluator
         mask_EO = np.array([[contender.mixed_norm == "none" or op > 0 for op in range(5)]] * 6)
         mix_EO = relaxation.shares(mask_EO.astype(float))
@@ -326,7 +353,7 @@ def arguments() -> Namespace:
     parser.add_argument("--images", type=int, default=10_000, help="for weights and α together")
     parser.add_argument("--methods", default=",".join(CONTENDERS), help="with commas between; default: all")
     parser.add_argument("--seeds", type=whole_numbers, default=[0, 1, 2], help="with commas between")
-    parser.add_argument("--budgets", type=shares, default=[0.35, 0.7], help="shares of the parameters' range")
+    parser.add_argument("--budgets", type=shares, default=[0.2, 0.4], help="shares of the parameters' range")
     parser.add_argument("--warm-up", type=int, default=600, help="minibatches for all tiers")
     parser.add_argument("--steps", type=int, default=2000, help="minibatches of each tier")
     parser.add_argument("--batch", type=int, default=64)

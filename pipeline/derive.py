@@ -26,7 +26,6 @@ from pipeline.types import (
     Arch,
     BoolArray,
     ChoiceSpace,
-    Evaluator,
     FloatArray,
     IntArray,
     Json,
@@ -186,16 +185,24 @@ class Device(Protocol):
     def time_as_shipped(self, arch: Arch) -> LatencyRecord: ...
 
 
+class Judge(Protocol):
+    """Orders architectures. Every `pipeline.types.Evaluator` is one."""
+
+    def losses(self, archs: Sequence[Arch], *, step: int, thorough: bool = False) -> FloatArray:
+        """Shape (N, J), column 0 is the one that counts; lower is better."""
+        ...
+
+
 JUDGED_AT_ONCE = 16
 """Enough for an evaluator that works on several at a time."""
 
 
 class Remembered:
-    """What an evaluator that learns no more says of architectures, each asked about once: tiers and rounds
+    """What a judge that learns no more says of architectures, each asked about once: tiers and rounds
     look at many of the same. `quick` answers are on one step's images, `thorough` ones the most exact."""
 
-    def __init__(self, evaluator: Evaluator, progress: Progress) -> None:
-        self._evaluator, self._progress = evaluator, progress
+    def __init__(self, judge: Judge, progress: Progress) -> None:
+        self._judge, self._progress = judge, progress
         self._known: dict[tuple[Arch, bool], float] = {}
 
     def quick(self, archs: Sequence[Arch]) -> FloatArray:
@@ -211,7 +218,7 @@ class Remembered:
             with self._progress.track("judge", len(unknown)) as advance:
                 for start in range(0, len(unknown), JUDGED_AT_ONCE):
                     lot = unknown[start : start + JUDGED_AT_ONCE]
-                    losses_N = self._evaluator.losses(lot, step=0, thorough=thorough)[:, 0]
+                    losses_N = self._judge.losses(lot, step=0, thorough=thorough)[:, 0]
                     self._known |= {(a, thorough): float(x) for a, x in zip(lot, losses_N, strict=True)}
                     advance(len(lot), "")
         return np.array([self._known[arch, thorough] for arch in archs])
@@ -240,7 +247,7 @@ class Deriver:
     tier: Tier
     space: ChoiceSpace
     settings: DeriveSettings
-    evaluator: Remembered
+    judge: Remembered
     uniform: frozenset[Arch]
     device: Device | None
     counted: Usage
@@ -318,7 +325,7 @@ class Deriver:
             if not seen:
                 raise
             return ()
-        quick = dict(zip(members, self.evaluator.quick(members[: 8 * self.settings.rescored]), strict=False))
+        quick = dict(zip(members, self.judge.quick(members[: 8 * self.settings.rescored]), strict=False))
         short = self._shortlist(members, np.array(list(quick.values())), rng)
         return self._candidates(short, timed, np.array([quick.get(arch, math.inf) for arch in short]))
 
@@ -345,7 +352,7 @@ class Deriver:
         archs = [trial.finalist.arch for trial in kept]
         usage_N = np.array([trial.finalist.usage for trial in kept])
         counted_N = np.array([trial.finalist.counted for trial in kept])
-        losses_N = self.evaluator.thorough(archs)
+        losses_N = self.judge.thorough(archs)
         chosen = choose_finalists(archs, losses_N, usage_N, counted_N, self.uniform, self.settings, rng)
         of_arch = dict(zip(archs, kept, strict=True))
         return [replace(of_arch[finalist.arch], finalist=finalist) for finalist in chosen]

@@ -242,7 +242,9 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """What a search leaves behind. `theta_KSC` (padded with 0) is there when the method has distributions."""
+    """What a search leaves behind. `theta_KSC` (padded with 0) is there when the method has distributions,
+    `mixes_KEO`, each tier's last mixture, when it mixes operations; then a candidate's loss is its squared
+    distance to the nearest of these."""
 
     method: str
     seed: int
@@ -250,6 +252,7 @@ class SearchResult:
     seconds: float
     candidates: tuple[Candidate, ...]
     theta_KSC: FloatArray | None = None
+    mixes_KEO: FloatArray | None = None
 
 
 # ---------------------------------------------------------------------------------------------------- records

@@ -14,8 +14,11 @@ from tiny_run import DEVICE, TIERS, TINY, Cli
 from pipeline.config import RunConfig, parse
 from pipeline.errors import ConfigError
 from pipeline.evaluators import EVALUATORS
+from pipeline.progress import Silent
+from pipeline.run import open_run
 from pipeline.search import METHODS
 from pipeline.search.base import RELAXED
+from pipeline.stages.search import search_problem
 
 SMALL: dict[str, Any] = {
     **{key: value for key, value in TINY.items() if key != "evaluator"},
@@ -95,6 +98,23 @@ def test_needs_are_words_that_some_evaluator_offers() -> None:
 # -------------------------------------------------------------------------------------------- from the shell
 
 
+def test_a_search_goes_on_with_a_lower_rate_and_with_no_other_evaluator(cli: Cli, tmp_path: Path) -> None:
+    """By what its checkpoint is checked with."""
+    root = tmp_path / "out"
+    assert cli("profile", written(tmp_path / "run.yaml"), "--out", root).code == 0
+
+    def made_from(**evaluator: Any) -> Any:
+        path = root / "run.yaml"
+        stated = {**yaml.safe_load(path.read_text()), "evaluator": {"name": "relaxed", **evaluator}}
+        path.write_text(yaml.safe_dump(stated))
+        return search_problem(open_run(root, None, "test", Silent())).made_from
+
+    before = made_from()
+    assert made_from(learning_rate=0.01, least_learning_rate=0.0001) == before
+    assert made_from(order="second") != before != made_from(batch_size=32)
+    assert made_from(name="relaxed-adversarial") != before
+
+
 def written(path: Path, **changed: Any) -> Path:
     path.write_text(yaml.safe_dump({**SMALL, **changed}))
     return path
@@ -115,7 +135,7 @@ def test_a_search_leads_to_architectures_within_every_budget(cli: Cli, tmp_path:
     assert cli("profile", config, "--out", root).code == 0
     assert cli("search", "--out", root).code == 0
     trace = [json.loads(line) for line in (root / "search/trace.jsonl").read_text().splitlines()]
-    assert [line["iteration"] for line in trace] == list(range(3 + 40 - 2 * 4))
+    assert [line["iteration"] for line in trace] == list(range(3 + 40))
     result = json.loads((root / "search/result.json").read_text())
     assert result["method"] == "darts-prime" and result["evaluations"] <= 40
     assert len(result["theta"]) == 2 and 2 <= len(result["candidates"]) <= 8

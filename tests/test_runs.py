@@ -5,7 +5,7 @@ trained."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,10 +14,13 @@ import torch
 from pipeline.config import RunConfig, parse, read_config
 from pipeline.costs.budgets import resolve_tiers
 from pipeline.costs.table import SpaceCosts
+from pipeline.progress import NoCheckpoint, Silent
+from pipeline.search import METHODS, gradient
+from pipeline.search.base import SearchProblem
 from pipeline.spaces import SPACES
-from pipeline.spaces.base import SearchSpace
+from pipeline.spaces.base import RelaxedSpace, SearchSpace
 from pipeline.spaces.cell import CellSpace
-from pipeline.types import FloatArray
+from pipeline.types import Arch, Arrays, CostTable, Evaluator, FloatArray
 
 ROOT = Path(__file__).parents[1]
 RUNS = sorted((ROOT / "runs").glob("*.yaml"))
@@ -81,6 +84,69 @@ def test_the_largest_network_is_larger_than_every_tier_and_can_be_built(config: 
     for profile in config.profiles:
         for tier in resolve_tiers(profile.tiers_of(), space, costs):
             assert all(limit < largest[metric] for metric, limit in tier.budgets.items())
+
+
+class Begun(Exception):
+    """A search has come to its first step."""
+
+
+class Untouched:
+    """An evaluator that ends the test when anything is trained or asked of it."""
+
+    noisy = trains = True
+
+    def __init__(self, space: SearchSpace) -> None:
+        self._space = space
+
+    @property
+    def edges(self) -> Any:
+        return cast(RelaxedSpace, self._space).edges
+
+    def discretise(self, mix_EO: FloatArray) -> Arch:
+        return cast(RelaxedSpace, self._space).discretise(mix_EO)
+
+    def mix_of(self, arch: Arch) -> FloatArray:
+        return cast(RelaxedSpace, self._space).mix_of(arch)
+
+    def state(self) -> Arrays:
+        return {}
+
+    def _begin(self, *_: Any, **__: Any) -> Any:
+        raise Begun
+
+    fit = losses = losses_and_grads = _begin
+
+
+@pytest.mark.parametrize("name", ["darts-prime-cifar10", "e2rnas-cifar10"])
+def test_a_gradient_method_takes_the_run_s_numbers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradient, "POOL", 100)
+    config = parse(read_config(ROOT / "runs" / f"{name}.yaml"), name)
+    space = space_of(config)
+    costs = AsIfTimed(space)
+    problem = SearchProblem(
+        space,
+        {profile.name: cast(CostTable, costs) for profile in config.profiles},
+        tuple(t for profile in config.profiles for t in resolve_tiers(profile.tiers_of(), space, costs)),
+        cast(Evaluator, Untouched(space)),
+        evaluations=config.search.evaluations,
+        warm_up=config.search.warm_up,
+        fit_samples=config.search.fit_samples or 1,
+        train_in_search=config.search.train_in_search,
+        seed=config.seed,
+    )
+    method = METHODS[config.method.name]
+    said: list[str] = []
+    listening = Silent()
+    listening.say = said.append  # type: ignore[method-assign]
+    with pytest.raises(Begun):
+        method.run(
+            problem,
+            config.method.settings,
+            checkpoint=NoCheckpoint(),
+            trace=lambda record: None,
+            progress=listening,
+        )
+    assert not said, "nothing to warn of"
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -17,7 +17,9 @@ the method equalises differences of its objectives, and a loss in nats stays wha
 wider. An objective at its floor is left out, not kept at the least weight: nothing is gained by its zero
 gradient, and the loss would hardly count. L is a tier's: the share of the range from the smallest to the
 largest network that its parameters may use, or, where these are not limited, the least share of what is.
-All limits are budgets as well, as in `gradient.py`.
+Size is at its floor when both N and the size of the architecture that the mixture stands for are: while a
+mixture is undecided its expected size is small whatever is derived from it. All limits are budgets as
+well, as in `gradient.py`.
 """
 
 from __future__ import annotations
@@ -112,10 +114,8 @@ class Size:
     def largest(self) -> float:
         return float(self.weight_EO.max(axis=1).sum())
 
-    def above(self, mix_EO: FloatArray, floor: float) -> tuple[float, FloatArray]:
-        """max(N, floor), and its gradient by the mixture: 0 at the floor."""
-        size = float((self.weight_EO * mix_EO).sum())
-        return (size, self.weight_EO) if size > floor else (floor, np.zeros_like(self.weight_EO))
+    def __call__(self, mix_EO: FloatArray) -> float:
+        return float((self.weight_EO * mix_EO).sum())
 
 
 # -------------------------------------------------------------------------------------------------- the floor
@@ -149,14 +149,25 @@ class Objectives:
     least: float
 
     def __call__(
-        self, gradients_JEO: FloatArray, alpha_EO: FloatArray, mask_EO: Mask, tier: Tier
+        self,
+        gradients_JEO: FloatArray,
+        alpha_EO: FloatArray,
+        mask_EO: Mask,
+        chosen_EO: FloatArray,
+        tier: Tier,
     ) -> tuple[FloatArray, Json]:
         floor = self.floors[tier.key]
-        size, slope_EO = self.size.above(relaxation.softmax(alpha_EO, mask_EO), floor)
-        gradients_JEO = np.concatenate([gradients_JEO, slope_EO[None]])
+        size, chosen_size = self.size(relaxation.softmax(alpha_EO, mask_EO)), self.size(chosen_EO)
+        counts = max(size, chosen_size) > floor
+        gradients_JEO = np.concatenate([gradients_JEO, counts * self.size.weight_EO[None]])
         by_alpha = [relaxation.softmax_pull_back(alpha_EO, mask_EO, x_EO) for x_EO in gradients_JEO]
         weights_J = min_norm.weights(np.stack([x_EO.ravel() for x_EO in by_alpha]), self.least)
-        told = {"size": size, "size_floor": floor, "objective_weights": weights_J.tolist()}
+        told = {
+            "size": size,
+            "size_chosen": chosen_size,
+            "size_floor": floor,
+            "objective_weights": weights_J.tolist(),
+        }
         return np.tensordot(weights_J, gradients_JEO, 1), told
 
 

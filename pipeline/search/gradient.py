@@ -12,13 +12,17 @@ every step of α. Each ∇v_l is scaled to the length of the rest, so that multi
 whatever the loss's slope is: at 1 the limit pulls as hard as the loss. The expected cost is that of
 architectures drawn by the mixture's shares; where a cost table is not additive over the edges, a linear
 fit to drawn architectures stands for it (`algorithms/relaxation.py`), renewed as the mixture moves. So
-any metric can be limited, measured latency too.
+any metric can be limited, measured latency too. An undecided mixture can be cheap in expectation and stand
+for an architecture that is not, so v_l is by the larger of the two costs.
+
+What a tier's search finds is its last mixture. Architectures are judged by how near they are to it (squared
+distance of the mixture to theirs, which is what Disc makes least): a mixture's weights have learnt to work
+together, and under softmax the loss of a single operation per edge is often that of guessing.
 
 Of the problem's numbers, `warm_up` is the minibatches before any step of α, once for all tiers, and
 `evaluations` all minibatches after it: every tier has its equal share of them, each of which is an
-optimiser step on the weights and asks for the loss of the mixture at most once, and spends the last
-`candidates` of its share on the losses of architectures. `train_in_search` and `fit_samples` have no
-meaning here.
+optimiser step on the weights and asks for the loss of the mixture at most once. `train_in_search` and
+`fit_samples` have no meaning here.
 
 Axes: K tiers, L limits of a tier, E edges, O operations, N architectures.
 """
@@ -27,7 +31,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
@@ -42,6 +46,7 @@ from pipeline.artifacts import sha256_json
 from pipeline.errors import ConfigError, DivergedTraining, StaleArtifact
 from pipeline.search.base import RELAXED, BandSampler, SearchProblem
 from pipeline.settings import Settings
+from pipeline.spaces.base import RelaxedSpace
 from pipeline.types import (
     Arch,
     Arrays,
@@ -65,13 +70,15 @@ NONE = "none"
 """Name of the operation that brings nothing, in every space that has one."""
 
 PUBLISHED_RATE, PUBLISHED_STEPS = 3e-4, 19_500
-"""Of Adam on α, and minibatches: 50 epochs of half of CIFAR-10's training images, 64 at a time."""
+"""Of Adam on α, and minibatches: 50 epochs of half of CIFAR-10's training images, 64 at a time. With a
+`pace` weights have more of the images, and the same epochs more minibatches."""
 
 LARGEST_RATE = 0.05
 """That a short search gets by itself."""
 
-LEAST_REACH = 0.1
-"""How far α must be able to go: its first values are about 1/|O| with `crb`, and even with `softmax`."""
+LEAST_REACH, LEAST_MOVES = 0.1, 200
+"""How far α must be able to go, its first values being about 1/|O| with `crb`, and even with `softmax`; and
+in how many steps, of which each sees the noise of a minibatch."""
 
 POOL = 2_000
 """Random architectures that show whether a tier's budget can be kept, before anything is trained."""
@@ -91,12 +98,12 @@ class GradientSettings(Settings):
     """What all gradient methods share. Adam's defaults are those of both papers."""
 
     learning_rate: float | None = Field(default=None, gt=0)
-    """Of Adam on α. By default a tier's minibatches take α as far as the published 19,500 do at 3e-4."""
+    """Of Adam on α. By default a tier's minibatches take α as far as the published ones do at 3e-4."""
     beta1: float = Field(default=0.5, ge=0, lt=1)
     beta2: float = Field(default=0.999, ge=0, lt=1)
     weight_decay: float = Field(default=1e-3, ge=0)
     candidates: int = Field(default=16, ge=1)
-    """How many architectures a tier's search leaves, at most, each with its loss."""
+    """How many architectures a tier's search leaves, at most."""
     pressure_rate: float = Field(default=40.0, ge=0)
     """Change of a limit's multiplier λ per unit of log(cost/limit) and of the way that Adam can have
     moved α, its learning rate times its steps: λ has grown before operations are given up."""
@@ -156,10 +163,16 @@ class Combine(Protocol):
     """Makes one direction of several objectives."""
 
     def __call__(
-        self, gradients_JEO: FloatArray, alpha_EO: FloatArray, mask_EO: Mask, tier: Tier
+        self,
+        gradients_JEO: FloatArray,
+        alpha_EO: FloatArray,
+        mask_EO: Mask,
+        chosen_EO: FloatArray,
+        tier: Tier,
     ) -> tuple[FloatArray, Json]:
         """From the losses' gradients by the mixture, the one by the mixture that α goes down, before pulls
-        and limits; and what of it is worth tracing."""
+        and limits; and what of it is worth tracing. `chosen_EO` is the architecture the mixture stands
+        for, as zeros and ones."""
         ...
 
 
@@ -171,6 +184,17 @@ class Rules(NamedTuple):
     pace: Pace | None
     pull: Pull
     combine: Combine | None = None
+
+    @property
+    def published_steps(self) -> float:
+        """Minibatches per search: all images go to the weights but for one in r + 1, or half of them."""
+        if self.pace is None:
+            return PUBLISHED_STEPS
+        return 2 * PUBLISHED_STEPS * self.pace.ratio / (self.pace.ratio + 1)
+
+    def moves(self, steps: int) -> float:
+        """Steps of α in so many minibatches, in the long run."""
+        return steps / (1 if self.pace is None else 1 + self.pace.ratio)
 
 
 class TierState(NamedTuple):
@@ -218,11 +242,9 @@ def descend(
 
     The trace gets a record per minibatch, `iteration` counting all of them from 0, the warm-up's
     included; a checkpoint's record holds the number finished, as in `drive`. The result is that of an
-    uninterrupted search, bit for bit (but for `seconds`). Of several tiers each has weights of its own
-    in the end; the evaluator is left with those of the warm-up, which favour none of them. Its
-    candidates are the architectures that the tier's mixture has stood for, and beside them, found by
-    perturbing its last mixture, such as keep the budget; all are judged on the same images by the
-    tier's own weights.
+    uninterrupted search, bit for bit (but for `seconds`). Its candidates are the architectures that a
+    tier's mixture has stood for, and beside them, found by perturbing its last mixture, such as keep the
+    budget; their losses are squared distances to that mixture, to the nearest where several tiers found one.
 
     Raises ConfigError where the evaluator cannot mix or the problem's numbers leave nothing to search
     with, InfeasibleBudget before anything is trained, DivergedTraining at a loss that is not finite;
@@ -275,7 +297,8 @@ class _Search:
         self.checkpoint, self.clock = checkpoint, clock
         self.evaluator = relaxed_evaluator(method, problem.evaluator)
         self.steps = self._steps_per_tier()
-        rate = config.learning_rate or min(PUBLISHED_RATE * PUBLISHED_STEPS / min(self.steps), LARGEST_RATE)
+        published = PUBLISHED_RATE * rules.published_steps
+        rate = config.learning_rate or min(published / min(self.steps), LARGEST_RATE)
         self.optimiser = AdamSettings(rate, config.beta1, config.beta2, config.weight_decay)
         edges = self.evaluator.edges
         self.cell_E = _cells([slot.name for slot in edges])
@@ -294,6 +317,7 @@ class _Search:
         self.shared: Arrays = {}
         self.mixes: list[FloatArray] = []
         self.visited: dict[Arch, None] = {}
+        self.known_costs: dict[Arch, FloatArray] = {}
         self.candidates: dict[Arch, Candidate] = {}
         self.iteration = self.evaluations = self.step = 0
         self.bands: BandSampler | None = None
@@ -301,20 +325,14 @@ class _Search:
         self.saved = self.started
 
     def _steps_per_tier(self) -> list[int]:
-        num, least = len(self.problem.tiers), self.config.candidates + 1
+        num = len(self.problem.tiers)
         share, rest = divmod(self.problem.evaluations, num)
-        if share < least:
+        if share == 0:
             raise ConfigError(
-                f"method '{self.method}': search.evaluations is {self.problem.evaluations}, but a tier needs "
-                f"{least} at least, one minibatch and its {self.config.candidates} candidates; set "
-                f"{num * least} or more"
+                f"method '{self.method}': search.evaluations is {self.problem.evaluations}, fewer "
+                f"minibatches than there are tiers ({num}); set {self._enough} or more"
             )
-        if num > 1 and self.problem.warm_up == 0:
-            raise ConfigError(
-                f"method '{self.method}': {num} tiers go on from one warm-up and are judged by its weights "
-                "in the end, but search.warm_up is 0; set it higher"
-            )
-        return [share + (k < rest) - self.config.candidates for k in range(num)]
+        return [share + (k < rest) for k in range(num)]
 
     @property
     def tier(self) -> int:
@@ -339,15 +357,20 @@ class _Search:
         self.bands = BandSampler(self.problem, low=BAND, pool_size=POOL)
 
     def say_if_too_short(self, progress: Progress) -> None:
-        moves = min(self.steps) / (1 if self.rules.pace is None else 1 + self.rules.pace.ratio)
-        rate = self.optimiser.learning_rate
-        reach = rate * moves
-        if reach < LEAST_REACH:
-            progress.say(
-                f"{self.method}: in about {moves:.0f} steps of {rate:g} each, what "
-                f"operations weigh can change by {reach:.2g}, too little to decide; raise search.evaluations "
-                f"(it is {self.problem.evaluations}) or method.learning_rate"
-            )
+        moves, rate = self.rules.moves(min(self.steps)), self.optimiser.learning_rate
+        if moves >= LEAST_MOVES and rate * moves >= LEAST_REACH:
+            return
+        progress.say(
+            f"{self.method}: about {moves:.0f} steps of {rate:.2g} each, in which what operations weigh can "
+            f"change by {rate * moves:.2g}, decide a tier, which is little; set search.evaluations to "
+            f"{self._enough} or more (it is {self.problem.evaluations})"
+            + (" or raise method.learning_rate" if moves >= LEAST_MOVES else "")
+        )
+
+    @property
+    def _enough(self) -> int:
+        """Minibatches for all tiers."""
+        return round(len(self.problem.tiers) * LEAST_MOVES / self.rules.moves(1))
 
     def first_alpha(self) -> FloatArray:
         """The same for all tiers, so that they share the warm-up."""
@@ -427,11 +450,13 @@ class _Search:
         if moves and moves % self.config.cost_every == 0:
             state = state._replace(**self._costs(self._mix_EO, moves)._asdict())
         mix_EO = activation.mix(state.alpha_EO, state.mask_EO)
-        moved, gradient_EO = self._objectives(state, mix_EO, at)
+        chosen = self.evaluator.discretise(mix_EO)
+        moved, gradient_EO = self._objectives(state, mix_EO, chosen, at)
         where = Where(self.step / self.steps[self.tier], moves, self._disc, self.cell_E)
         _, pull_EO = self.rules.pull.gradient(mix_EO, state.mask_EO, state.memory, where)
         gradient_EO = gradient_EO + pull_EO
-        pressure_EO, multiplier_L = self._pressure(state, mix_EO, float(np.linalg.norm(gradient_EO)))
+        length = float(np.linalg.norm(gradient_EO))
+        pressure_EO, multiplier_L = self._pressure(state, mix_EO, chosen, length)
         gradient_EO = activation.pull_back(state.alpha_EO, state.mask_EO, gradient_EO + pressure_EO)
         moments = Moments(state.first_EO, state.second_EO, moves)
         alpha_EO, moments = adam.step(state.alpha_EO, gradient_EO, moments, self.optimiser)
@@ -450,7 +475,9 @@ class _Search:
         self._visit()
         return moved
 
-    def _objectives(self, state: TierState, mix_EO: FloatArray, at: int) -> tuple[Json, FloatArray]:
+    def _objectives(
+        self, state: TierState, mix_EO: FloatArray, chosen: Arch, at: int
+    ) -> tuple[Json, FloatArray]:
         """What is told of the mixture's losses, and the gradient that α goes down for them."""
         losses_J, gradients_JEO = self.evaluator.losses_and_grads(mix_EO, step=at)
         self.evaluations += 1
@@ -460,7 +487,8 @@ class _Search:
         if self.rules.combine is None:
             return moved, gradients_JEO[0]
         tier = self.problem.tiers[self.tier]
-        gradient_EO, told = self.rules.combine(gradients_JEO, state.alpha_EO, state.mask_EO, tier)
+        chosen_EO = self.evaluator.mix_of(chosen)
+        gradient_EO, told = self.rules.combine(gradients_JEO, state.alpha_EO, state.mask_EO, chosen_EO, tier)
         return moved | told, gradient_EO
 
     def _fit(self, mix_EO: FloatArray, at: int) -> FitInfo:
@@ -488,10 +516,13 @@ class _Search:
 
     # ---------------------------------------------------------------------------------------- expected cost
 
-    def _pressure(self, state: TierState, mix_EO: FloatArray, length: float) -> tuple[FloatArray, FloatArray]:
+    def _pressure(
+        self, state: TierState, mix_EO: FloatArray, chosen: Arch, length: float
+    ) -> tuple[FloatArray, FloatArray]:
         """The limits' part of the gradient by the mixture, the rest of which has this length, and the
         multipliers after this step."""
         cost_L, gradient_LEO = relaxation.expected_cost(state.costs, mix_EO)
+        cost_L = np.maximum(cost_L, self._cost_of(chosen))
         excess_L = np.clip(np.log(np.maximum(cost_L, 1e-12) / self._limits), -1.0, 1.0)
         strength_L = np.maximum(state.multiplier_L + self.config.damping * excess_L, 0.0)
         norm_L = np.linalg.norm(gradient_LEO, axis=(1, 2))
@@ -539,26 +570,32 @@ class _Search:
         costs_NM = table.of([self.problem.space.canonical(arch) for arch in archs])
         return costs_NM[:, [table.metrics.index(limit.metric) for limit in tier.limits]]
 
+    def _cost_of(self, arch: Arch) -> FloatArray:
+        """Shape (L,); of the present tier's limits."""
+        found = self.known_costs.get(arch)
+        if found is None:
+            found = self.known_costs[arch] = self._costs_of(self.problem.tiers[self.tier], [arch])[0]
+        return found
+
     def _draw(self, mix_EO: FloatArray, temperature: float, rng: Generator) -> Arch:
         return self.evaluator.discretise(relaxation.perturbed(mix_EO, temperature, rng))
 
     # ------------------------------------------------------------------------------------- the end of a tier
 
     def _finish_tier(self) -> None:
-        """Ask for the candidates' losses, and set out for the next tier."""
-        archs = self._choose()
-        step = self.problem.warm_up + self.step
-        losses_N = self.problem.evaluator.losses(archs, step=step)[:, 0].astype(float)
-        for arch, loss in zip(archs, losses_N.tolist(), strict=True):
-            if not math.isfinite(loss):
-                raise self._diverged(f"loss of {arch.space}{list(arch.choices)}", loss)
-            seen = self.candidates[arch].evaluations if arch in self.candidates else 0
-            self.candidates[arch] = Candidate(arch, loss, seen + 1)
-        self.evaluations += len(archs)
-        self.mixes.append(self._mix_EO)
-        self.state, self.visited, self.step = None, {}, 0
-        if self.shared and not self.unfinished:
+        """Keep what was found, and set out for the next tier."""
+        mix_EO = self._mix_EO
+        for arch, off in self._distances(mix_EO, self._choose()).items():
+            known = self.candidates.get(arch)
+            self.candidates[arch] = Candidate(arch, off if known is None else min(off, known.loss), 0)
+        self.mixes.append(mix_EO)
+        self.state, self.visited, self.known_costs, self.step = None, {}, {}, 0
+        if self.shared and self.unfinished:
             self.problem.evaluator.load_state(self.shared)
+
+    def _distances(self, mix_EO: FloatArray, archs: Sequence[Arch]) -> dict[Arch, float]:
+        arch_NEO = np.stack([self.evaluator.mix_of(arch) for arch in archs])
+        return dict(zip(archs, relaxation.distances(mix_EO, arch_NEO).tolist(), strict=True))
 
     def _choose(self) -> list[Arch]:
         """What the mixture stands for now, then what keeps the budget beside it, then what it stood
@@ -572,13 +609,13 @@ class _Search:
         return list(dict.fromkeys(ordered))[:num]
 
     def _within_budget(self, mix_EO: FloatArray, num: int) -> list[Arch]:
-        """Distinct architectures that keep the tier's budget, those that use it first, each group in the
-        order of how far the mixture had to be perturbed; of its band where none was found."""
+        """Distinct architectures that keep the tier's budget, those that use it first, each group from the
+        nearest to the mixture on; of its band where none was found."""
         rng, k = self.rng(STAGE_CANDIDATES, self.tier), self.tier
-        mix_EO = mix_EO + SECOND_CHANCE * max(mix_EO.max(), SECOND_CHANCE) * self.valid_EO
+        loose_EO = with_second_chance(mix_EO, self.valid_EO)
         found: dict[Arch, float] = {}
         for temperature in TEMPERATURES:
-            drawn = [self._draw(mix_EO, temperature, rng) for _ in range(4 * num)]
+            drawn = [self._draw(loose_EO, temperature, rng) for _ in range(4 * num)]
             archs = list(dict.fromkeys(self.problem.space.canonical(arch) for arch in drawn))
             usage_N = self.problem.usage(archs)[:, k]
             found |= {a: float(u) for a, u in zip(archs, usage_N, strict=True) if u <= 1 and a not in found}
@@ -587,7 +624,8 @@ class _Search:
         if not found:
             assert self.bands is not None, "found before anything is trained"
             found = dict.fromkeys(self.problem.archs(self.bands.draw_of([k] * num, rng)), 1.0)
-        return sorted(found, key=lambda arch: found[arch] < BAND)[:num]
+        off = self._distances(mix_EO, list(found))
+        return sorted(found, key=lambda arch: (found[arch] < BAND, off[arch]))[:num]
 
     # -------------------------------------------------------------------------------------- for people
 
@@ -599,6 +637,7 @@ class _Search:
         own: Json = {
             "tier": tier.key,
             "usage": float(np.max(cost_L / self._limits)),
+            "usage_chosen": float(np.max(self._cost_of(self.evaluator.discretise(mix_EO)) / self._limits)),
             "cost": dict(zip(metrics, cost_L.tolist(), strict=True)),
             "multiplier": dict(zip(metrics, state.multiplier_L.tolist(), strict=True)),
             "entropy": relaxation.entropy(mix_EO, self.sizes_E),
@@ -670,12 +709,26 @@ class _Search:
             seconds=self.seconds,
             candidates=tuple(self.candidates.values()),
             theta_KSC=np.stack([self._theta(mix) for mix in self.mixes]) if self._edges_are_slots else None,
+            mixes_KEO=np.stack(self.mixes),
         )
 
     def _theta(self, mix_EO: FloatArray) -> FloatArray:
         """The mixture's shares; an edge without any weight chooses what the space makes of that."""
         decided_EO = self.evaluator.mix_of(self.evaluator.discretise(mix_EO))
         return np.where((mix_EO > 0).any(axis=1, keepdims=True), relaxation.shares(mix_EO), decided_EO)
+
+
+def drawn_beside(space: RelaxedSpace, mix_EO: FloatArray, num: int, rng: Generator) -> list[Arch]:
+    """Architectures for a mixture with its weights shaken, little and much in turn."""
+    valid_EO = _mask([edge.choices for edge in space.edges], offers_none=True)
+    loose_EO = with_second_chance(mix_EO, valid_EO)
+    shaken = (relaxation.perturbed(loose_EO, TEMPERATURES[i % len(TEMPERATURES)], rng) for i in range(num))
+    return [space.discretise(x_EO) for x_EO in shaken]
+
+
+def with_second_chance(mix_EO: FloatArray, valid_EO: Mask) -> FloatArray:
+    """The mixture with a little weight on every operation that an edge may have."""
+    return np.asarray(mix_EO + SECOND_CHANCE * max(mix_EO.max(), SECOND_CHANCE) * valid_EO)
 
 
 def _mask(choices: list[tuple[str, ...]], offers_none: bool) -> Mask:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -17,7 +17,10 @@ from pipeline.costs.table import LATENCY, CautiousCosts
 from pipeline.derive import Deriver, Remembered, Usage
 from pipeline.engine import Engine
 from pipeline.errors import BudgetMissed, InfeasibleBudget
+from pipeline.evaluators.nearest import Nearest
 from pipeline.run import Run
+from pipeline.search.gradient import drawn_beside
+from pipeline.spaces.base import RelaxedSpace
 from pipeline.stages.jobs import Jobs, engine_for
 from pipeline.stages.misses import inputs_of_misses, misses_of, misses_path, stricter
 from pipeline.stages.networks import fresh_network, hash_of_recipe, searched_evaluator
@@ -38,13 +41,12 @@ def derive_stage(run: Run, only: str | None = None) -> None:
     waiting = [t for t in tiers if find_record(run, t, "derive", _inputs(run, t)) is None]
     if not waiting:
         return
-    evaluator = Remembered(searched_evaluator(run), run.progress)
-    pool = _candidate_pool(run)
+    judge_of, pool = _judges(run), _candidate_pool(run)
     with engine_for(run, __name__, JOBS, _read_by_trial) as engine:
         for tier in waiting:
             rng = np.random.default_rng([run.config.seed, 102, run.tiers.index(tier)])
             aim = stricter(run, tier)
-            deriver = _deriver(run, aim, evaluator, engine)
+            deriver = _deriver(run, aim, judge_of(tier), engine)
             with run.timed() as seconds, _telling_misses(run, tier):
                 arch, timed, trials = deriver.derive(pool, _predicted_usage(run, aim), rng)
             record = {
@@ -57,6 +59,16 @@ def derive_stage(run: Run, only: str | None = None) -> None:
                 "seconds": seconds(),
             }
             write_record(run, tier, "derive", record, _inputs(run, tier))
+
+
+def _judges(run: Run) -> Callable[[Tier], Remembered]:
+    """Who orders a tier's architectures: the evaluator as the search left it, or the tier's last mixture."""
+    mixes = search_record(run)["mixes"]
+    if mixes is None:
+        shared = Remembered(searched_evaluator(run), run.progress)
+        return lambda tier: shared
+    space = cast(RelaxedSpace, run.space)
+    return lambda tier: Remembered(Nearest(space, np.array(mixes[run.tiers.index(tier)])), run.progress)
 
 
 def _inputs(run: Run, tier: Tier) -> dict[str, str]:
@@ -82,7 +94,7 @@ def _telling_misses(run: Run, tier: Tier) -> Iterator[None]:
         ) from None
 
 
-def _deriver(run: Run, tier: Tier, evaluator: Remembered, engine: Engine) -> Deriver:
+def _deriver(run: Run, tier: Tier, judge: Remembered, engine: Engine) -> Deriver:
     def refit(archs: Sequence[Arch], measured_ms: Sequence[float]) -> Usage:
         model = run.costs[tier.device].latency
         assert model is not None
@@ -98,7 +110,7 @@ def _deriver(run: Run, tier: Tier, evaluator: Remembered, engine: Engine) -> Der
         tier=tier,
         space=run.space,
         settings=run.config.derive,
-        evaluator=evaluator,
+        judge=judge,
         uniform=frozenset(run.space.uniform()),
         device=run.bench(run.profile(tier.device)) if _can_be_timed(run, tier) else None,
         counted=_usage_within(run.costs[tier.device], tier, lambda metric: metric != LATENCY),
@@ -134,12 +146,14 @@ def _usage_within(costs: CostTable, tier: Tier, counts: Callable[[str], bool]) -
 
 
 def _candidate_pool(run: Run) -> list[Arch]:
-    """What the search has seen, what its distributions would draw, and the uniform members."""
+    """What the search has seen, what its distributions or mixtures would draw, and the uniform members."""
     record = search_record(run)
     name, settings = run.space.name, run.config.derive
     pool = [Arch(name, tuple(choices)) for choices, _, _ in record["candidates"]]
     rng = np.random.default_rng([run.config.seed, 101])
-    for theta_SC in record["theta"] or []:
+    for mix_EO in record["mixes"] or []:
+        pool += drawn_beside(cast(RelaxedSpace, run.space), np.array(mix_EO), settings.samples, rng)
+    for theta_SC in [] if record["mixes"] else record["theta"] or []:
         columns = [
             rng.choice(len(slot.choices), size=settings.samples, p=_simplex(theta_C[: len(slot.choices)]))
             for slot, theta_C in zip(run.space.slots, theta_SC, strict=True)

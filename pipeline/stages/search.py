@@ -43,7 +43,9 @@ def search_stage(run: Run) -> None:
         trace=trace.write,
         progress=run.progress,
     )
-    write_arrays(evaluator_path(run), problem.evaluator.state())
+    mixes_KEO = result.mixes_KEO
+    if mixes_KEO is None:  # else what was learnt was for mixtures, and judges no architecture
+        write_arrays(evaluator_path(run), problem.evaluator.state())
     run.folder.write_record(
         path,
         {
@@ -53,6 +55,7 @@ def search_stage(run: Run) -> None:
             "seconds": round(result.seconds, 3),
             "candidates": [[list(c.arch.choices), c.loss, c.evaluations] for c in result.candidates],
             "theta": None if result.theta_KSC is None else np.round(result.theta_KSC, 6).tolist(),
+            "mixes": None if mixes_KEO is None else np.round(mixes_KEO, 6).tolist(),
         },
         inputs,
     )
@@ -74,10 +77,16 @@ def _inputs(run: Run) -> dict[str, str]:
     }
 
 
+RATES = {"learning_rate", "least_learning_rate"}
+"""Of an evaluator: may be lowered in a search that diverged, which then goes on."""
+
+
 def _made_from(run: Run) -> dict[str, str]:
     devices = [profile.name for profile in run.config.profiles]
+    evaluator = run.config.evaluator.to_json()
     return {
         **run.input_hashes,
+        "evaluator": sha256_json({key: value for key, value in evaluator.items() if key not in RATES}),
         **{f"costs of {name}": hash_of_record(run, run.costs_path(name), "profile") for name in devices},
     }
 

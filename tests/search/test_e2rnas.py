@@ -92,34 +92,27 @@ def test_the_size_is_the_formula_summed_by_hand() -> None:
     weight_EO = Size.of(space, "million").weight_EO.copy()
     weight_EO[:, space.variant.operations.index("skip")] = 0.0
     mix_EO = relaxation.softmax(alpha_EO, np.ones_like(alpha_EO, dtype=bool))
-    assert Size(weight_EO).above(mix_EO, 0.0)[0] == pytest.approx(by_hand / 1e6, rel=1e-12)
+    assert Size(weight_EO)(mix_EO) == pytest.approx(by_hand / 1e6, rel=1e-12)
 
 
-@pytest.mark.parametrize("floor", [0.0, 1.0])
-def test_the_size_s_gradient_by_alpha_against_finite_differences(floor: float) -> None:
-    """And 0 where the floor is above the size."""
+def test_the_size_s_gradient_by_alpha_against_finite_differences() -> None:
     size = Size.of(NB201Space((3, 8, 8), 4, NB201Settings(cells=1, channels=4)))
     alpha_EO = np.random.default_rng(1).normal(size=(6, 5))
     mask_EO = np.ones((6, 5), dtype=bool)
-
-    def value(alpha_EO: FloatArray) -> float:
-        return size.above(relaxation.softmax(alpha_EO, mask_EO), floor)[0]
-
-    _, slope_EO = size.above(relaxation.softmax(alpha_EO, mask_EO), floor)
-    gradient_EO = relaxation.softmax_pull_back(alpha_EO, mask_EO, slope_EO)
+    gradient_EO = relaxation.softmax_pull_back(alpha_EO, mask_EO, size.weight_EO)
     for index in np.ndindex(alpha_EO.shape):
         shift = np.zeros_like(alpha_EO)
         shift[index] = 1e-5
-        difference = (value(alpha_EO + shift) - value(alpha_EO - shift)) / 2e-5
-        assert gradient_EO[index] == pytest.approx(difference, abs=1e-9)
-    assert gradient_EO.any() == (floor == 0)
+        more, less = (size(relaxation.softmax(alpha_EO + s * shift, mask_EO)) for s in (1, -1))
+        assert gradient_EO[index] == pytest.approx((more - less) / 2e-5, abs=1e-9)
+    assert gradient_EO.any()
 
 
 def test_the_largest_size_is_one_in_its_own_unit() -> None:
     space = NB201Space((3, 8, 8), 4, NB201Settings(cells=1, channels=4))
     size = Size.of(space)
     assert size.largest == pytest.approx(1.0)
-    assert size.above(space.mix_of(space.largest), 0.0)[0] == pytest.approx(1.0)
+    assert size(space.mix_of(space.largest)) == pytest.approx(1.0)
     assert Size.of(space, "million").largest == pytest.approx(3 * 9 * (4**2 + 8**2 + 16**2) / 1e6)
 
 
@@ -293,16 +286,19 @@ def test_below_the_floor_size_is_no_objective() -> None:
 
 
 def test_the_floor_is_respected() -> None:
-    """The mixture's size stays near it and does not fall below, where without a floor it does."""
+    """What the mixture stands for stays near it, where without a floor it falls below; and size has no weight
+    where both are at it."""
     sizes = {}
     for floor in (0.0, 0.4):
         trace: list[Json] = []
         result = search(problem(), config(floor=floor, weight_decay=0.0), trace=trace)
         assert result.theta_KSC is not None
-        sizes[floor] = float((SIZE.weight_EO * result.theta_KSC[0]).sum())
-        told = [record["tiers"][0] for record in trace[3:]]
-        assert all(own["size"] >= own["size_floor"] == floor for own in told)
-    assert sizes[0.0] < 0.37 < sizes[0.4]
+        sizes[floor] = SIZE_R[row_of(result)]
+        for own in (record["tiers"][0] for record in trace[3:]):
+            assert own["size_floor"] == floor
+            at_floor = max(own["size"], own["size_chosen"]) <= floor
+            assert (own["objective_weights"][1] == 0) == at_floor
+    assert sizes[0.0] < 0.25 < sizes[0.4]
 
 
 def test_every_tier_has_its_own_floor_and_network() -> None:
@@ -339,7 +335,7 @@ def test_the_direction_is_mgda_s_by_alpha() -> None:
     objectives = Objectives(SIZE, {"cpu/free": 0.0}, 0.001)
     for scale in (0.01, 1.0, 100.0):
         alpha_EO, slope_EO = rng.normal(size=(2, EDGES, len(NAMES)))
-        gradient_EO, told = objectives(scale * slope_EO[None], alpha_EO, mask_EO, tier())
+        gradient_EO, told = objectives(scale * slope_EO[None], alpha_EO, mask_EO, mask_EO * 0.0, tier())
         one, two = (
             relaxation.softmax_pull_back(alpha_EO, mask_EO, x_EO).ravel()
             for x_EO in (scale * slope_EO, SIZE.weight_EO)
@@ -350,6 +346,23 @@ def test_the_direction_is_mgda_s_by_alpha() -> None:
         np.testing.assert_allclose(gradient_EO, expected)
         mix_EO = relaxation.softmax(alpha_EO, mask_EO)
         assert told["size"] == pytest.approx((SIZE.weight_EO * mix_EO).sum())
+
+
+def test_size_counts_while_the_mixture_or_what_it_stands_for_is_above_the_floor() -> None:
+    mask_EO = np.ones((EDGES, len(NAMES)), dtype=bool)
+    alpha_EO, slope_EO = np.zeros(mask_EO.shape), np.ones((1, *mask_EO.shape))
+    slope_EO[0, :, 0] = 2.0
+    small, large = np.eye(len(NAMES))[[1, 1, 1]], np.eye(len(NAMES))[[3, 3, 3]]
+    expected = SIZE(relaxation.softmax(alpha_EO, mask_EO))
+    for floor, chosen_EO, counts in (
+        (expected - 0.01, small, True),
+        (expected + 0.01, small, False),
+        (expected + 0.01, large, True),
+    ):
+        objectives = Objectives(SIZE, {"cpu/free": floor}, 0.001)
+        _, told = objectives(slope_EO, alpha_EO, mask_EO, chosen_EO, tier())
+        assert (told["objective_weights"][1] > 0) == counts
+        assert told["size"] == pytest.approx(expected)
 
 
 # --------------------------------------------------------------------------------------------------- going on

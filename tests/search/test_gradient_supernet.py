@@ -70,7 +70,7 @@ def make_problem() -> tuple[SearchProblem, RelaxedSupernet]:
         total_steps=20,
         seed=0,
     )
-    problem = SearchProblem(space, {"counts": table}, tiers, evaluator, 32, warm_up=3, save_every_s=0.0)
+    problem = SearchProblem(space, {"counts": table}, tiers, evaluator, 24, warm_up=3, save_every_s=0.0)
     return problem, evaluator
 
 
