@@ -1,11 +1,12 @@
 """From what a search has seen to one architecture per tier, whichever method ran.
 
-The evaluator proposes and the device disposes: members that should use nearly all of a tier's budget are
+A judge proposes and the device disposes: members that should use nearly all of a tier's budget are
 shortlisted by a quick look and timed on the device. Of those that do, the finalists are the best by the
-evaluator's most exact answer, some drawn at random, and the best uniform ones. They are trained briefly, and
-the most accurate one wins that keeps the budget as it would ship.
-The same numbers say how far the evaluator's order can be trusted: its rank correlation with briefly trained
-accuracy inside the tiers' bands, where size decides nothing.
+judge's most exact answer, some drawn at random, and the best uniform ones. They are trained briefly, and
+the most accurate one wins that keeps the budget as it would ship. The judge is the search's evaluator, or,
+where operations were mixed, the distance to the tier's last mixture.
+The same numbers say how far its order can be trusted: its rank correlation with briefly trained accuracy
+inside the tiers' bands, where size decides nothing.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class DeriveSettings(Settings):
 
 @dataclass(frozen=True, slots=True)
 class Finalist:
-    """An architecture that may become a tier's. `loss` is the evaluator's most exact answer, `usage` the
+    """An architecture that may become a tier's. `loss` is the judge's most exact answer, `usage` the
     predicted share of the tightest budget, `counted` of those that are counted; `origin` says why it is
     here."""
 
