@@ -3,8 +3,8 @@
 H. Liu, K. Simonyan, Y. Yang, "DARTS: Differentiable Architecture Search", 2018, arXiv 1806.09055. First
 or second order is the evaluator's `order`. Budgets are ours (`gradient.py`).
 
-It is known to collapse towards skip connections on NAS-Bench-201 (Dong and Yang 2020, arXiv 2001.00326):
-`benchmarks/darts_nb201.py`.
+It is known to collapse towards skip connections on NAS-Bench-201 (Dong and Yang 2020, arXiv 2001.00326); in
+the short searches of `benchmarks/darts_nb201.py` it does not.
 """
 
 from __future__ import annotations
