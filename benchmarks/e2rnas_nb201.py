@@ -51,7 +51,6 @@ from pipeline.costs.table import SpaceCosts
 from pipeline.data.base import ImageTask
 from pipeline.errors import ConfigError
 from pipeline.evaluators.adversarial import AdversarialSettings, make_adversarial
-from pipeline.evaluators.nearest import Nearest
 from pipeline.evaluators.relaxed import RelaxedSettings, RelaxedSupernet
 from pipeline.run import TraceFile
 from pipeline.search import METHODS
@@ -59,6 +58,7 @@ from pipeline.search.base import SearchProblem
 from pipeline.search.darts import Darts
 from pipeline.search.darts_prime import DartsPrime
 from pipeline.search.e2rnas import E2rnas
+from pipeline.search.nearest import Nearest
 from pipeline.settings import pick
 from pipeline.spaces.nb201 import NAME, NB201Settings, NB201Space, live_edges
 from pipeline.types import Arch, Arrays, FloatArray, Json, Limit, Progress, Tier
@@ -197,7 +197,7 @@ def nearest_cells(problem: SearchProblem, space: NB201Space, mixes_KEO: FloatArr
     found: list[Arch] = []
     for mix_EO, usage_N in zip(mixes_KEO, usage_NK.T, strict=True):
         inside = [archs[row] for row in np.flatnonzero((usage_N >= BAND) & (usage_N <= 1))]
-        distance_N = Nearest(space, mix_EO).losses(inside, step=0)[:, 0]
+        distance_N = Nearest(space, mix_EO).losses(inside)[:, 0]
         found.append(inside[int(distance_N.argmin())])
     return found
 

@@ -1,9 +1,9 @@
 """From what a search has seen to one architecture per tier, whichever method ran.
 
-A judge proposes and the device disposes: members that should use nearly all of a tier's budget are
+A ranker proposes and the device disposes: members that should use nearly all of a tier's budget are
 shortlisted by a quick look and timed on the device. Of those that do, the finalists are the best by the
-judge's most exact answer, some drawn at random, and the best uniform ones. They are trained briefly, and
-the most accurate one wins that keeps the budget as it would ship. The judge is the search's evaluator, or,
+ranker's most exact answer, some drawn at random, and the best uniform ones. They are trained briefly, and
+the most accurate one wins that keeps the budget as it would ship. The ranker is the search's evaluator, or,
 where operations were mixed, the distance to the tier's last mixture.
 The same numbers say how far its order can be trusted: its rank correlation with briefly trained accuracy
 inside the tiers' bands, where size decides nothing.
@@ -68,7 +68,7 @@ class DeriveSettings(Settings):
 
 @dataclass(frozen=True, slots=True)
 class Finalist:
-    """An architecture that may become a tier's. `loss` is the judge's most exact answer, `usage` the
+    """An architecture that may become a tier's. `loss` is the ranker's most exact answer, `usage` the
     predicted share of the tightest budget, `counted` of those that are counted; `origin` says why it is
     here."""
 
@@ -186,24 +186,24 @@ class Device(Protocol):
     def time_as_shipped(self, arch: Arch) -> LatencyRecord: ...
 
 
-class Judge(Protocol):
-    """Orders architectures. Every `pipeline.types.Evaluator` is one."""
+class Ranker(Protocol):
+    """Orders architectures, the best first. Every `pipeline.types.Evaluator` is one."""
 
     def losses(self, archs: Sequence[Arch], *, step: int, thorough: bool = False) -> FloatArray:
         """Shape (N, J), column 0 is the one that counts; lower is better."""
         ...
 
 
-JUDGED_AT_ONCE = 16
+RANKED_AT_ONCE = 16
 """Enough for an evaluator that works on several at a time."""
 
 
 class Remembered:
-    """What a judge that learns no more says of architectures, each asked about once: tiers and rounds
+    """What a ranker that learns no more says of architectures, each asked about once: tiers and rounds
     look at many of the same. `quick` answers are on one step's images, `thorough` ones the most exact."""
 
-    def __init__(self, judge: Judge, progress: Progress) -> None:
-        self._judge, self._progress = judge, progress
+    def __init__(self, ranker: Ranker, progress: Progress) -> None:
+        self._ranker, self._progress = ranker, progress
         self._known: dict[tuple[Arch, bool], float] = {}
 
     def quick(self, archs: Sequence[Arch]) -> FloatArray:
@@ -216,10 +216,10 @@ class Remembered:
         """Shape (N,)."""
         unknown = [arch for arch in dict.fromkeys(archs) if (arch, thorough) not in self._known]
         if unknown:
-            with self._progress.track("judge", len(unknown)) as advance:
-                for start in range(0, len(unknown), JUDGED_AT_ONCE):
-                    lot = unknown[start : start + JUDGED_AT_ONCE]
-                    losses_N = self._judge.losses(lot, step=0, thorough=thorough)[:, 0]
+            with self._progress.track("rank", len(unknown)) as advance:
+                for start in range(0, len(unknown), RANKED_AT_ONCE):
+                    lot = unknown[start : start + RANKED_AT_ONCE]
+                    losses_N = self._ranker.losses(lot, step=0, thorough=thorough)[:, 0]
                     self._known |= {(a, thorough): float(x) for a, x in zip(lot, losses_N, strict=True)}
                     advance(len(lot), "")
         return np.array([self._known[arch, thorough] for arch in archs])
@@ -248,7 +248,7 @@ class Deriver:
     tier: Tier
     space: ChoiceSpace
     settings: DeriveSettings
-    judge: Remembered
+    ranker: Remembered
     uniform: frozenset[Arch]
     device: Device | None
     counted: Usage
@@ -326,7 +326,7 @@ class Deriver:
             if not seen:
                 raise
             return ()
-        quick = dict(zip(members, self.judge.quick(members[: 8 * self.settings.rescored]), strict=False))
+        quick = dict(zip(members, self.ranker.quick(members[: 8 * self.settings.rescored]), strict=False))
         short = self._shortlist(members, np.array(list(quick.values())), rng)
         return self._candidates(short, timed, np.array([quick.get(arch, math.inf) for arch in short]))
 
@@ -353,7 +353,7 @@ class Deriver:
         archs = [trial.finalist.arch for trial in kept]
         usage_N = np.array([trial.finalist.usage for trial in kept])
         counted_N = np.array([trial.finalist.counted for trial in kept])
-        losses_N = self.judge.thorough(archs)
+        losses_N = self.ranker.thorough(archs)
         chosen = choose_finalists(archs, losses_N, usage_N, counted_N, self.uniform, self.settings, rng)
         of_arch = dict(zip(archs, kept, strict=True))
         return [replace(of_arch[finalist.arch], finalist=finalist) for finalist in chosen]

@@ -156,7 +156,7 @@ def deriver(**changed: Any) -> Deriver:
         "tier": tier,
         "space": TableSpace("t", [Slot("only", tuple(map(str, range(40))))]),
         "settings": SETTINGS,
-        "judge": Remembered(TabularEvaluator(rows, LOSS), Silent()),
+        "ranker": Remembered(TabularEvaluator(rows, LOSS), Silent()),
         "uniform": frozenset(ARCHS[::10]),
         "device": FakeDevice(true_ms),
         "counted": lambda archs: np.zeros(len(archs)),
@@ -196,7 +196,7 @@ def test_a_long_list_is_judged_in_lots_and_the_answers_keep_their_order() -> Non
     known = Remembered(TabularEvaluator(np.arange(40).reshape(-1, 1), LOSS), Shows())
     np.testing.assert_array_equal(known.quick(ARCHS[::-1]), LOSS[::-1])
     np.testing.assert_array_equal(known.quick(ARCHS), LOSS)
-    assert shown == [("judge", 40, [16, 16, 8])]
+    assert shown == [("rank", 40, [16, 16, 8])]
 
 
 PARAMS = Tier("params", "s", (Limit("params", 100.0, False, "100"),))
@@ -298,7 +298,7 @@ def test_the_device_is_asked_before_the_evaluator() -> None:
 
     device = FakeDevice(lambda arch: 1.3 * true_ms(arch))
     listens = Remembered(Listens(np.arange(40).reshape(-1, 1), LOSS), Silent())
-    made = deriver(device=device, judge=listens, refit=lambda archs, ms: usage_of(device.ms))
+    made = deriver(device=device, ranker=listens, refit=lambda archs, ms: usage_of(device.ms))
     made.derive(ARCHS, usage_of(true_ms), rng())
     assert asked and all(device.ms(arch) <= BUDGET_MS for arch in asked)
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from tiny_run import DEVICE, TIERS, TINY, Cli
@@ -145,6 +146,10 @@ def test_a_search_leads_to_architectures_within_every_budget(cli: Cli, tmp_path:
     for name in TIERS:
         record = json.loads((root / DEVICE / name / "arch.json").read_text())
         assert record["arch"]["space"] == "nb201"
+        own_mix_EO = np.array(result["mixes"][list(TIERS).index(name)])
+        arch_EO = np.eye(own_mix_EO.shape[1])[record["arch"]["choices"]]
+        finalist = next(trial for trial in record["trials"] if trial["arch"] == record["arch"])
+        assert finalist["loss"] == pytest.approx(((arch_EO - own_mix_EO) ** 2).sum()), "of its own tier"
         assert all(record["predicted"][metric] <= limit for metric, limit in limits[name].items())
 
 

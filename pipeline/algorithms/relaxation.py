@@ -107,11 +107,6 @@ def distance(
     return float(norm_C.sum()), np.divide(off_EO, norm_E1, out=np.zeros_like(off_EO), where=norm_E1 > 0)
 
 
-def distances(mix_EO: FloatArray, arch_NEO: FloatArray) -> FloatArray:
-    """Squared, of a mixture to architectures as zeros and ones; shape (N,)."""
-    return np.asarray(((arch_NEO - mix_EO) ** 2).sum(axis=(1, 2)))
-
-
 class Admm(NamedTuple):
     """ADMM's discrete copy Z of the mixture and its scaled dual U, both (E, O)."""
 

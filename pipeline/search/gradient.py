@@ -45,8 +45,8 @@ from pipeline.algorithms.relaxation import Activation, Admm, LinearCost, Mask, P
 from pipeline.artifacts import sha256_json
 from pipeline.errors import ConfigError, DivergedTraining, StaleArtifact
 from pipeline.search.base import RELAXED, BandSampler, SearchProblem
+from pipeline.search.nearest import TEMPERATURES, Nearest, operations_of, with_second_chance
 from pipeline.settings import Settings
-from pipeline.spaces.base import RelaxedSpace
 from pipeline.types import (
     Arch,
     Arrays,
@@ -66,9 +66,6 @@ from pipeline.types import (
 # First word of the seed of every random stream here; those of `search/base.py` are 0 to 3.
 STAGE_ALPHA, STAGE_COSTS, STAGE_CANDIDATES = range(10, 13)
 
-NONE = "none"
-"""Name of the operation that brings nothing, in every space that has one."""
-
 PUBLISHED_RATE, PUBLISHED_STEPS = 3e-4, 19_500
 """Of Adam on α, and minibatches: 50 epochs of half of CIFAR-10's training images, 64 at a time. With a
 `pace` weights have more of the images, and the same epochs more minibatches."""
@@ -82,13 +79,6 @@ in how many steps, of which each sees the noise of a minibatch."""
 
 POOL = 2_000
 """Random architectures that show whether a tier's budget can be kept, before anything is trained."""
-
-TEMPERATURES = (0.25, 0.5, 1.0, 2.0, 4.0)
-"""How far the last mixture is perturbed, in turn, to find architectures within the budget beside it."""
-
-SECOND_CHANCE = 0.01
-"""Weight that every operation has in those perturbations, as a share of the largest: also those that
-were masked, or never offered."""
 
 BAND = 0.85
 """Architectures that use less of the budget come after those that use this much, as in `BandSampler`."""
@@ -302,9 +292,8 @@ class _Search:
         self.optimiser = AdamSettings(rate, config.beta1, config.beta2, config.weight_decay)
         edges = self.evaluator.edges
         self.cell_E = _cells([slot.name for slot in edges])
-        choices = [slot.choices for slot in edges]
-        self.valid_EO = _mask(choices, offers_none=True)
-        self.first_mask_EO = _mask(choices, rules.activation.offers_none)
+        self.valid_EO = operations_of(edges)
+        self.first_mask_EO = operations_of(edges, rules.activation.offers_none)
         self.sizes_E = self.first_mask_EO.sum(axis=1)
         self.inputs = sha256_json(
             [method, config.model_dump(mode="json"), problem.seed, problem.sizes]
@@ -594,8 +583,8 @@ class _Search:
             self.problem.evaluator.load_state(self.shared)
 
     def _distances(self, mix_EO: FloatArray, archs: Sequence[Arch]) -> dict[Arch, float]:
-        arch_NEO = np.stack([self.evaluator.mix_of(arch) for arch in archs])
-        return dict(zip(archs, relaxation.distances(mix_EO, arch_NEO).tolist(), strict=True))
+        distance_N = Nearest(self.evaluator, mix_EO).losses(archs)[:, 0]
+        return dict(zip(archs, distance_N.tolist(), strict=True))
 
     def _choose(self) -> list[Arch]:
         """What the mixture stands for now, then what keeps the budget beside it, then what it stood
@@ -716,27 +705,6 @@ class _Search:
         """The mixture's shares; an edge without any weight chooses what the space makes of that."""
         decided_EO = self.evaluator.mix_of(self.evaluator.discretise(mix_EO))
         return np.where((mix_EO > 0).any(axis=1, keepdims=True), relaxation.shares(mix_EO), decided_EO)
-
-
-def drawn_beside(space: RelaxedSpace, mix_EO: FloatArray, num: int, rng: Generator) -> list[Arch]:
-    """Architectures for a mixture with its weights shaken, little and much in turn."""
-    valid_EO = _mask([edge.choices for edge in space.edges], offers_none=True)
-    loose_EO = with_second_chance(mix_EO, valid_EO)
-    shaken = (relaxation.perturbed(loose_EO, TEMPERATURES[i % len(TEMPERATURES)], rng) for i in range(num))
-    return [space.discretise(x_EO) for x_EO in shaken]
-
-
-def with_second_chance(mix_EO: FloatArray, valid_EO: Mask) -> FloatArray:
-    """The mixture with a little weight on every operation that an edge may have."""
-    return np.asarray(mix_EO + SECOND_CHANCE * max(mix_EO.max(), SECOND_CHANCE) * valid_EO)
-
-
-def _mask(choices: list[tuple[str, ...]], offers_none: bool) -> Mask:
-    """Where a mixture may have weight at first."""
-    mask_EO = np.zeros((len(choices), max(map(len, choices))), dtype=bool)
-    for row, names in enumerate(choices):
-        mask_EO[row, : len(names)] = [offers_none or name != NONE for name in names]
-    return mask_EO
 
 
 def _cells(names: list[str]) -> IntArray:

@@ -17,9 +17,8 @@ from pipeline.costs.table import LATENCY, CautiousCosts
 from pipeline.derive import Deriver, Remembered, Usage
 from pipeline.engine import Engine
 from pipeline.errors import BudgetMissed, InfeasibleBudget
-from pipeline.evaluators.nearest import Nearest
 from pipeline.run import Run
-from pipeline.search.gradient import drawn_beside
+from pipeline.search.nearest import Nearest, drawn_beside
 from pipeline.spaces.base import RelaxedSpace
 from pipeline.stages.jobs import Jobs, engine_for
 from pipeline.stages.misses import inputs_of_misses, misses_of, misses_path, stricter
@@ -41,12 +40,12 @@ def derive_stage(run: Run, only: str | None = None) -> None:
     waiting = [t for t in tiers if find_record(run, t, "derive", _inputs(run, t)) is None]
     if not waiting:
         return
-    judge_of, pool = _judges(run), _candidate_pool(run)
+    ranker_of, pool = _rankers(run), _candidate_pool(run)
     with engine_for(run, __name__, JOBS, _read_by_trial) as engine:
         for tier in waiting:
             rng = np.random.default_rng([run.config.seed, 102, run.tiers.index(tier)])
             aim = stricter(run, tier)
-            deriver = _deriver(run, aim, judge_of(tier), engine)
+            deriver = _deriver(run, aim, ranker_of(tier), engine)
             with run.timed() as seconds, _telling_misses(run, tier):
                 arch, timed, trials = deriver.derive(pool, _predicted_usage(run, aim), rng)
             record = {
@@ -61,7 +60,7 @@ def derive_stage(run: Run, only: str | None = None) -> None:
             write_record(run, tier, "derive", record, _inputs(run, tier))
 
 
-def _judges(run: Run) -> Callable[[Tier], Remembered]:
+def _rankers(run: Run) -> Callable[[Tier], Remembered]:
     """Who orders a tier's architectures: the evaluator as the search left it, or the tier's last mixture."""
     mixes = search_record(run)["mixes"]
     if mixes is None:
@@ -94,7 +93,7 @@ def _telling_misses(run: Run, tier: Tier) -> Iterator[None]:
         ) from None
 
 
-def _deriver(run: Run, tier: Tier, judge: Remembered, engine: Engine) -> Deriver:
+def _deriver(run: Run, tier: Tier, ranker: Remembered, engine: Engine) -> Deriver:
     def refit(archs: Sequence[Arch], measured_ms: Sequence[float]) -> Usage:
         model = run.costs[tier.device].latency
         assert model is not None
@@ -110,7 +109,7 @@ def _deriver(run: Run, tier: Tier, judge: Remembered, engine: Engine) -> Deriver
         tier=tier,
         space=run.space,
         settings=run.config.derive,
-        judge=judge,
+        ranker=ranker,
         uniform=frozenset(run.space.uniform()),
         device=run.bench(run.profile(tier.device)) if _can_be_timed(run, tier) else None,
         counted=_usage_within(run.costs[tier.device], tier, lambda metric: metric != LATENCY),

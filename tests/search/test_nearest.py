@@ -3,8 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.evaluators.nearest import Nearest
-from pipeline.search.gradient import drawn_beside
+from pipeline.search.nearest import Nearest, drawn_beside
 from pipeline.spaces.base import RelaxedSpace
 from pipeline.spaces.cell import CellSettings, CellSpace
 from pipeline.spaces.nb201 import NB201Settings, NB201Space
