@@ -5,15 +5,7 @@ makes it `darts` or `darts-prime` comes in as `Rules`: how α becomes a mixture,
 it, what pulls it towards an architecture.
 
 Budgets are ours, the papers have none. There is one search per tier; all of them go on from the same
-warm-up, in which the weights train under the first mixture. A tier's limits enter as in an augmented
-Lagrangian (Nocedal and Wright 2006, chapter 17): with v_l = log(expected cost / limit), the gradient of
-everything else is joined by Σ_l max(0, λ_l + μ v_l) ∇v_l, and λ_l ← max(0, λ_l + rate · v_l) after
-every step of α. Each ∇v_l is scaled to the length of the rest, so that multipliers mean the same
-whatever the loss's slope is: at 1 the limit pulls as hard as the loss. The expected cost is that of
-architectures drawn by the mixture's shares; where a cost table is not additive over the edges, a linear
-fit to drawn architectures stands for it (`algorithms/relaxation.py`), renewed as the mixture moves. So
-any metric can be limited, measured latency too. An undecided mixture can be cheap in expectation and stand
-for an architecture that is not, so v_l is by the larger of the two costs.
+warm-up, in which the weights train under the first mixture. How limits enter: `search/pressure.py`.
 
 What a tier's search finds is its last mixture. Architectures are judged by how near they are to it (squared
 distance of the mixture to theirs, which is what Disc makes least): a mixture's weights have learnt to work
@@ -24,7 +16,7 @@ Of the problem's numbers, `warm_up` is the minibatches before any step of α, on
 optimiser step on the weights and asks for the loss of the mixture at most once. `train_in_search` and
 `fit_samples` have no meaning here.
 
-Axes: K tiers, L limits of a tier, E edges, O operations, N architectures.
+Axes: K tiers, L limits of a tier, J losses, E edges, O operations, N architectures.
 """
 
 from __future__ import annotations
@@ -45,7 +37,8 @@ from pipeline.algorithms.relaxation import Activation, Admm, LinearCost, Mask, P
 from pipeline.artifacts import sha256_json
 from pipeline.errors import ConfigError, DivergedTraining, StaleArtifact
 from pipeline.search.base import RELAXED, BandSampler, SearchProblem
-from pipeline.search.nearest import TEMPERATURES, Nearest, operations_of, with_second_chance
+from pipeline.search.nearest import TEMPERATURES, Nearest, drawn_by, operations_of, with_second_chance
+from pipeline.search.pressure import Pressure
 from pipeline.settings import Settings
 from pipeline.types import (
     Arch,
@@ -295,6 +288,17 @@ class _Search:
         self.valid_EO = operations_of(edges)
         self.first_mask_EO = operations_of(edges, rules.activation.offers_none)
         self.sizes_E = self.first_mask_EO.sum(axis=1)
+        self.pressures = [
+            Pressure(
+                problem,
+                self.evaluator,
+                tier,
+                damping=config.damping,
+                rate=config.pressure_rate * rate,
+                samples=config.cost_samples,
+            )
+            for tier in problem.tiers
+        ]
         self.inputs = sha256_json(
             [method, config.model_dump(mode="json"), problem.seed, problem.sizes]
             + [problem.evaluations, problem.warm_up]
@@ -306,7 +310,6 @@ class _Search:
         self.shared: Arrays = {}
         self.mixes: list[FloatArray] = []
         self.visited: dict[Arch, None] = {}
-        self.known_costs: dict[Arch, FloatArray] = {}
         self.candidates: dict[Arch, Candidate] = {}
         self.iteration = self.evaluations = self.step = 0
         self.bands: BandSampler | None = None
@@ -384,7 +387,6 @@ class _Search:
         alpha_EO, mask_EO = self.first_alpha(), self.first_mask_EO
         moments = adam.start(alpha_EO)
         memory = self.rules.pull.start(alpha_EO, mask_EO, self.rules.activation)
-        num_limits = len(self.problem.tiers[self.tier].limits)
         costs = self._costs(self.rules.activation.mix(alpha_EO, mask_EO), moves=0)
         self.state = TierState(
             alpha_EO,
@@ -394,7 +396,7 @@ class _Search:
             np.array(0),
             np.array(Schedule()),
             *memory,
-            np.zeros(num_limits),
+            np.zeros(self._pressure.num_limits),
             *costs,
         )
 
@@ -428,6 +430,13 @@ class _Search:
     def _mix_EO(self) -> FloatArray:
         return self.rules.activation.mix(self._state.alpha_EO, self._state.mask_EO)
 
+    @property
+    def _pressure(self) -> Pressure:
+        return self.pressures[self.tier]
+
+    def _costs(self, mix_EO: FloatArray, moves: int) -> LinearCost:
+        return self._pressure.linear_costs(mix_EO, self.rng(STAGE_COSTS, self.tier, moves))
+
     def _decide(self) -> tuple[bool, Schedule]:
         schedule = self._state.schedule
         return (True, schedule) if self.rules.pace is None else relaxation.decide(schedule, self.rules.pace)
@@ -445,7 +454,7 @@ class _Search:
         _, pull_EO = self.rules.pull.gradient(mix_EO, state.mask_EO, state.memory, where)
         gradient_EO = gradient_EO + pull_EO
         length = float(np.linalg.norm(gradient_EO))
-        pressure_EO, multiplier_L = self._pressure(state, mix_EO, chosen, length)
+        pressure_EO, multiplier_L = self._pressure.of(state.costs, mix_EO, chosen, state.multiplier_L, length)
         gradient_EO = activation.pull_back(state.alpha_EO, state.mask_EO, gradient_EO + pressure_EO)
         moments = Moments(state.first_EO, state.second_EO, moves)
         alpha_EO, moments = adam.step(state.alpha_EO, gradient_EO, moments, self.optimiser)
@@ -503,72 +512,6 @@ class _Search:
         self.visited.pop(arch, None)
         self.visited[arch] = None
 
-    # ---------------------------------------------------------------------------------------- expected cost
-
-    def _pressure(
-        self, state: TierState, mix_EO: FloatArray, chosen: Arch, length: float
-    ) -> tuple[FloatArray, FloatArray]:
-        """The limits' part of the gradient by the mixture, the rest of which has this length, and the
-        multipliers after this step."""
-        cost_L, gradient_LEO = relaxation.expected_cost(state.costs, mix_EO)
-        cost_L = np.maximum(cost_L, self._cost_of(chosen))
-        excess_L = np.clip(np.log(np.maximum(cost_L, 1e-12) / self._limits), -1.0, 1.0)
-        strength_L = np.maximum(state.multiplier_L + self.config.damping * excess_L, 0.0)
-        norm_L = np.linalg.norm(gradient_LEO, axis=(1, 2))
-        scale_L = np.divide(length * strength_L, norm_L, out=np.zeros_like(norm_L), where=norm_L > 0)
-        rate = self.config.pressure_rate * self.optimiser.learning_rate
-        multiplier_L = np.maximum(state.multiplier_L + rate * excess_L, 0.0)
-        return (scale_L[:, None, None] * gradient_LEO).sum(axis=0), multiplier_L
-
-    @property
-    def _limits(self) -> FloatArray:
-        return np.array([limit.value for limit in self.problem.tiers[self.tier].limits])
-
-    def _costs(self, mix_EO: FloatArray, moves: int) -> LinearCost:
-        """Exact where the table is additive over the edges, else fitted around this mixture."""
-        tier = self.problem.tiers[self.tier]
-        exact = self._additive(tier)
-        if exact is not None:
-            return exact
-        rng, num = self.rng(STAGE_COSTS, self.tier, moves), self.config.cost_samples // 2
-        live_EO = np.asarray(mix_EO > 0, dtype=float)
-        drawn, others = ([self._draw(x_EO, 1.0, rng) for _ in range(num)] for x_EO in (mix_EO, live_EO))
-        return relaxation.fit_linear_cost(
-            mix_EO,
-            np.stack([self.evaluator.mix_of(arch) for arch in drawn]),
-            self._costs_of(tier, drawn),
-            np.stack([self.evaluator.mix_of(arch) for arch in others]),
-            self._costs_of(tier, others),
-        )
-
-    def _additive(self, tier: Tier) -> LinearCost | None:
-        table = self.problem.costs[tier.device]
-        if table.additive is None or not self._edges_are_slots:
-            return None
-        rows = [table.metrics.index(limit.metric) for limit in tier.limits]
-        weight_LEO = np.nan_to_num(table.additive[rows])
-        return LinearCost(np.zeros(len(rows)), weight_LEO, np.ones(weight_LEO.shape[1:]))
-
-    @property
-    def _edges_are_slots(self) -> bool:
-        return tuple(self.evaluator.edges) == tuple(self.problem.space.slots)
-
-    def _costs_of(self, tier: Tier, archs: Iterable[Arch]) -> FloatArray:
-        """Shape (N, L)."""
-        table = self.problem.costs[tier.device]
-        costs_NM = table.of([self.problem.space.canonical(arch) for arch in archs])
-        return costs_NM[:, [table.metrics.index(limit.metric) for limit in tier.limits]]
-
-    def _cost_of(self, arch: Arch) -> FloatArray:
-        """Shape (L,); of the present tier's limits."""
-        found = self.known_costs.get(arch)
-        if found is None:
-            found = self.known_costs[arch] = self._costs_of(self.problem.tiers[self.tier], [arch])[0]
-        return found
-
-    def _draw(self, mix_EO: FloatArray, temperature: float, rng: Generator) -> Arch:
-        return self.evaluator.discretise(relaxation.perturbed(mix_EO, temperature, rng))
-
     # ------------------------------------------------------------------------------------- the end of a tier
 
     def _finish_tier(self) -> None:
@@ -578,7 +521,7 @@ class _Search:
             known = self.candidates.get(arch)
             self.candidates[arch] = Candidate(arch, off if known is None else min(off, known.loss), 0)
         self.mixes.append(mix_EO)
-        self.state, self.visited, self.known_costs, self.step = None, {}, {}, 0
+        self.state, self.visited, self.step = None, {}, 0
         if self.shared and self.unfinished:
             self.problem.evaluator.load_state(self.shared)
 
@@ -604,7 +547,7 @@ class _Search:
         loose_EO = with_second_chance(mix_EO, self.valid_EO)
         found: dict[Arch, float] = {}
         for temperature in TEMPERATURES:
-            drawn = [self._draw(loose_EO, temperature, rng) for _ in range(4 * num)]
+            drawn = [drawn_by(self.evaluator, loose_EO, temperature, rng) for _ in range(4 * num)]
             archs = list(dict.fromkeys(self.problem.space.canonical(arch) for arch in drawn))
             usage_N = self.problem.usage(archs)[:, k]
             found |= {a: float(u) for a, u in zip(archs, usage_N, strict=True) if u <= 1 and a not in found}
@@ -621,14 +564,10 @@ class _Search:
     def _record(self, info: FitInfo, moved: Json) -> Json:
         """Of one minibatch; the tier's part has what is told of a step of α."""
         state, tier, mix_EO = self._state, self.problem.tiers[self.tier], self._mix_EO
-        cost_L, _ = relaxation.expected_cost(state.costs, mix_EO)
-        metrics = [limit.metric for limit in tier.limits]
+        chosen = self.evaluator.discretise(mix_EO)
         own: Json = {
             "tier": tier.key,
-            "usage": float(np.max(cost_L / self._limits)),
-            "usage_chosen": float(np.max(self._cost_of(self.evaluator.discretise(mix_EO)) / self._limits)),
-            "cost": dict(zip(metrics, cost_L.tolist(), strict=True)),
-            "multiplier": dict(zip(metrics, state.multiplier_L.tolist(), strict=True)),
+            **self._pressure.told(state.costs, mix_EO, chosen, state.multiplier_L),
             "entropy": relaxation.entropy(mix_EO, self.sizes_E),
             "operations": int((mix_EO > 0).sum()),
             "choices": list(next(reversed(self.visited)).choices) if self.visited else None,
@@ -691,15 +630,19 @@ class _Search:
         return [Arch(self.problem.space.name, tuple(row)) for row in choices_NS.tolist()]
 
     def result(self) -> SearchResult:
+        edges = tuple(self.evaluator.edges)
         return SearchResult(
             method=self.method,
             seed=self.problem.seed,
             evaluations=self.evaluations,
             seconds=self.seconds,
             candidates=tuple(self.candidates.values()),
-            theta_KSC=np.stack([self._theta(mix) for mix in self.mixes]) if self._edges_are_slots else None,
+            theta_KSC=self._theta_KSC() if edges == tuple(self.problem.space.slots) else None,
             mixes_KEO=np.stack(self.mixes),
         )
+
+    def _theta_KSC(self) -> FloatArray:
+        return np.stack([self._theta(mix_EO) for mix_EO in self.mixes])
 
     def _theta(self, mix_EO: FloatArray) -> FloatArray:
         """The mixture's shares; an edge without any weight chooses what the space makes of that."""

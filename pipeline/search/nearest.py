@@ -30,6 +30,12 @@ class Mixes(Protocol):
     def mix_of(self, arch: Arch) -> FloatArray: ...
 
 
+class Discretises(Protocol):
+    """Says what architecture a mixture stands for, as a space does and a relaxed evaluator."""
+
+    def discretise(self, mix_EO: FloatArray) -> Arch: ...
+
+
 class Nearest:
     """Ranks architectures by how far a mixture (E, O) is from them as zeros and ones: the squared distance,
     which Disc of the mixture makes least. A dead edge of a canonical architecture stands on `none`.
@@ -44,11 +50,16 @@ class Nearest:
         return np.asarray(((arch_NEO - self._mix_EO) ** 2).sum(axis=(1, 2)))[:, None]
 
 
+def drawn_by(rule: Discretises, mix_EO: FloatArray, temperature: float, rng: Generator) -> Arch:
+    """At a temperature of 1 an operation stands on an edge as often as its share says, where the rule
+    takes the strongest."""
+    return rule.discretise(relaxation.perturbed(mix_EO, temperature, rng))
+
+
 def drawn_beside(space: RelaxedSpace, mix_EO: FloatArray, num: int, rng: Generator) -> list[Arch]:
     """Architectures for a mixture with its weights shaken, little and much in turn."""
     loose_EO = with_second_chance(mix_EO, operations_of(space.edges))
-    shaken = (relaxation.perturbed(loose_EO, TEMPERATURES[i % len(TEMPERATURES)], rng) for i in range(num))
-    return [space.discretise(x_EO) for x_EO in shaken]
+    return [drawn_by(space, loose_EO, TEMPERATURES[i % len(TEMPERATURES)], rng) for i in range(num)]
 
 
 def with_second_chance(mix_EO: FloatArray, valid_EO: Mask) -> FloatArray:
