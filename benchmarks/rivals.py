@@ -4,10 +4,11 @@ For every tier of a finished run:
 
 - random: members of the space drawn uniformly among those predicted to use 93 to 100 % of the budget, the
   first three that keep it when timed; the best on the architecture split counts, as a user would choose.
-  With `--random paid` as many as could be trained in the time that search and derive took for the tier;
+  With `--random paid` as many as could be trained in the time that search and derive took for the tier,
+  and never fewer than three;
 - uniform: members that make the same choice everywhere, nearest under the budget by prediction, the first
   two that keep it when timed (further below where none is in that band; `use` says); again the better one;
-- MobileNetV2-like: benchmarks/mobilenet.py, its width chosen by bisection on timed latency.
+- MobileNetV2-like: benchmarks/mobilenet.py, the widest that keeps the budget when timed.
 
 All are timed on the run's device against the run's reference network, untrained, and may use the budget to
 the full, whereas the searched network left `derive.guard` of it free. All are trained by the run's recipe
@@ -22,7 +23,7 @@ import itertools
 import tempfile
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
 
 BAND = 0.93
 LOT, DRAWS = 2_000, 400_000
+RANDOM_MEMBERS = 3
 SEARCHED, RANDOM, UNIFORM, MOBILENET = "searched", "random", "uniform", "MobileNetV2-like"
 RIVALS = (RANDOM, UNIFORM, MOBILENET)
 
@@ -362,8 +364,14 @@ def margin_interval(searched: Sequence[float], rival: Sequence[float]) -> tuple[
 
 
 def comparison_targets(tiers: dict[str, Json]) -> list[Target]:
+    """By the mean margin. Its interval is of how trainings vary, with one search and one draw of rivals."""
     return [
-        Target(f"{tier}: searched against {role}", "≥ 0 points", f"{margin:+.2f} points", margin >= 0)
+        Target(
+            f"{tier}: searched against {role}",
+            "≥ 0 points",
+            f"{_shown_margin(margin, result['intervals'].get(role))} points",
+            margin >= 0,
+        )
         for tier, result in tiers.items()
         for role, margin in result["margins"].items()
         if margin is not None
@@ -456,13 +464,20 @@ def origin_of(run: Run, tier: Tier) -> str | None:
 
 def paid_members(run: Run, tier: Tier, recipe: Recipe) -> int:
     """How many networks could be trained instead in the tier's share of what search and derive took, as many
-    at a time as are trained here, at least one; a training takes what the tier's own network took."""
+    at a time as the run trained by default, at least `RANDOM_MEMBERS`; a training takes what the tier's own
+    network took."""
     stages = read_manifest(run.folder.root)["stages"]
-    at_once = share_of(run, len(usable_cores())).workers
+    at_once = share_of(replace(run, workers=None), len(usable_cores())).workers
     share_s = at_once * float(stages["search"] + stages["derive"]) / len(run.tiers)
-    own = record_of(run, tier, "retrain")
-    training_s = float(own["seconds"]) * recipe.epochs / int(own["epochs"])
-    return max(1, round(share_s / training_s))
+    return max(RANDOM_MEMBERS, round(share_s / (recipe.epochs * _epoch_seconds(run, tier))))
+
+
+def _epoch_seconds(run: Run, tier: Tier) -> float:
+    """Of the tier's network, which may have been trained for another tier."""
+    arch = record_of(run, tier, "derive")["arch"]
+    twins = [other for other in run.tiers if record_of(run, other, "derive")["arch"] == arch]
+    records = [record_of(run, twin, "retrain") for twin in twins]
+    return max(float(record["seconds"]) / int(record["epochs"]) for record in records)
 
 
 def add_workers(parser: ArgumentParser) -> None:
@@ -489,7 +504,11 @@ def arguments() -> Namespace:
         help="of training, with commas between; the first draws rivals",
     )
     parser.add_argument(
-        "--random", type=_number_or_paid, default=3, metavar="N|paid", help="random members per tier"
+        "--random",
+        type=_number_or_paid,
+        default=RANDOM_MEMBERS,
+        metavar="N|paid",
+        help="random members per tier",
     )
     parser.add_argument("--uniform", type=int, default=2, help="uniform members per tier")
     add_workers(parser)
@@ -519,7 +538,7 @@ def main() -> bool:
                 work,
                 tier,
                 {
-                    RANDOM: asked.random or paid_members(run, tier, gym.recipe),
+                    RANDOM: paid_members(run, tier, gym.recipe) if asked.random is None else asked.random,
                     UNIFORM: asked.uniform,
                 },
                 seeds[0],

@@ -109,9 +109,10 @@ def _plain(method: str) -> str:
 
 
 def _gathered(found: list[tuple[Judged, float]], method: str) -> Results:
+    """Seconds are of as many evaluations as every method has."""
     searches, seconds = zip(*found, strict=True)
-    evaluations = COUNTS[-1] * CONTESTANTS[method].factor
-    return search_judging.gather(searches, float(np.mean(seconds)), evaluations)
+    factor = CONTESTANTS[method].factor
+    return search_judging.gather(searches, float(np.mean(seconds)) / factor, COUNTS[-1] * factor)
 
 
 def _titled(title: str, target: Target) -> Target:

@@ -26,7 +26,7 @@ from pipeline.spaces.mbconv_modules import MBConvSupernet
 from pipeline.train.retrain import seeded
 from pipeline.types import Arch, FloatArray, Json
 
-CLASSES, LIMIT, RESAMPLES = 10, 1.10, 10_000
+CLASSES, LIMIT, RESAMPLES = 10, 1.05, 10_000
 Compute = Callable[[Tensor], Tensor]
 
 

@@ -1,13 +1,14 @@
 """Where a search's time goes: the search's own share, how it grows, and what training options bring.
 
-1. Overhead: `importance` on an `mbconv` supernet with 1, 2, 5 and 15 FLOPs tiers. All that is not training
-   or evaluating (sampling, costs, surrogate, distributions) as a share of a training step with as many
-   paths as tiers.
+1. Overhead: `importance` on an `mbconv` supernet with 1, 2, 5 and 15 FLOPs tiers, once with a supernet that
+   stays as the warm-up left it (the default) and once with one that trains on. All that is not training or
+   evaluating (sampling, costs, surrogate, distributions): its mean per iteration, as a share of the median
+   training step with as many paths as tiers. Every search makes the same number of evaluations.
 2. Growth: the overhead of an iteration on spaces of other numbers of slots and choices, whose evaluator
-   costs nothing.
+   costs nothing, for the same numbers of tiers and evaluations.
 3. Options: a training step of one member with channels-last, bf16 or torch.compile switched, each against
-   the default right beside it, in alternating order; median ratio with a bootstrap interval, below 1 is
-   faster.
+   the default right beside it, in alternating order; median ratio with a 95 % interval by bootstrap over
+   members and the pairs of each, below 1 is faster.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from numpy.random import Generator
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -32,7 +34,7 @@ from benchmarks.record import (
     start_tuned,
     whole_numbers,
 )
-from benchmarks.step_ratio import median_interval, sampled_paths
+from benchmarks.step_ratio import RESAMPLES, sampled_paths
 from pipeline.costs.table import SpaceCosts
 from pipeline.data import load_task
 from pipeline.data.base import ImageTask
@@ -53,19 +55,23 @@ OPTIONS = ("channels-first", "bf16", "compile")
 
 
 class Timed:
-    """An evaluator that adds up what its answers take."""
+    """An evaluator that remembers what its answers took."""
 
     def __init__(self, inner: Evaluator) -> None:
         self._inner = inner
         self.noisy, self.trains = inner.noisy, inner.trains
-        self.fit_s = self.losses_s = 0.0
-        self.fits = 0
+        self.fit_seconds: list[float] = []
+        self.losses_s = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Of everything so far."""
+        return sum(self.fit_seconds) + self.losses_s
 
     def fit(self, archs: Sequence[Arch], *, step: int) -> FitInfo:
         began = time.perf_counter()
         info = self._inner.fit(archs, step=step)
-        self.fit_s += time.perf_counter() - began
-        self.fits += 1
+        self.fit_seconds.append(time.perf_counter() - began)
         return info
 
     def losses(self, archs: Sequence[Arch], *, step: int, thorough: bool = False) -> FloatArray:
@@ -81,6 +87,28 @@ class Timed:
         self._inner.load_state(state)
 
 
+class OwnTime:
+    """A trace that tells what iterations take beside `evaluator`'s answers; set-up and warm-up do not
+    count."""
+
+    def __init__(self, evaluator: Timed) -> None:
+        self._evaluator = evaluator
+        self._ends: list[float] = []
+
+    def write(self, record: Json) -> None:
+        if record["stage"] == "search":
+            self._ends.append(time.perf_counter() - self._evaluator.seconds)
+
+    @property
+    def iterations(self) -> int:
+        return len(self._ends)
+
+    @property
+    def mean_s(self) -> float:
+        """From the end of the first iteration on; among them are those that select a kernel anew."""
+        return (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+
+
 def tiers_between(costs: SpaceCosts, smallest: Arch, largest: Arch, count: int) -> tuple[Tier, ...]:
     """FLOPs budgets from 10 to 70 % of the largest network's, evenly spaced in the logarithm."""
     column = costs.metrics.index("flops")
@@ -93,41 +121,49 @@ def tiers_between(costs: SpaceCosts, smallest: Arch, largest: Arch, count: int) 
     )
 
 
-def overhead(space: MBConvSpace, task: ImageTask, count: int, iterations: int, seed: int) -> Json:
-    """Seconds per iteration beside training and evaluating, and per training step of `count` paths."""
+def overhead(space: MBConvSpace, task: ImageTask, count: int, trains_on: bool, asked: Namespace) -> Json:
+    """Seconds of the search itself per iteration, and of a training step of `count` paths."""
     costs = SpaceCosts(space, None)
-    steps = iterations
-    evaluator = OneShotEvaluator(space, task, OneShotSettings(), total_steps=steps, seed=seed)
-    timed = Timed(evaluator)
-    problem = SearchProblem(
-        space=space,
-        costs={"none": costs},
-        tiers=tiers_between(costs, space.smallest, space.largest, count),
-        evaluator=timed,
-        evaluations=2 * count * iterations,
-        fit_samples=count,
-        train_in_search=True,
-        seed=seed,
-        save_every_s=float("inf"),
+    timed, trace = search(
+        SearchProblem(
+            space=space,
+            costs={"none": costs},
+            tiers=tiers_between(costs, space.smallest, space.largest, count),
+            evaluator=Timed(
+                OneShotEvaluator(
+                    space,
+                    task,
+                    OneShotSettings(),
+                    total_steps=asked.warm_up + asked.evaluations,
+                    seed=asked.seed,
+                )
+            ),
+            evaluations=asked.evaluations,
+            warm_up=asked.warm_up,
+            fit_samples=count,
+            train_in_search=trains_on,
+            seed=asked.seed,
+            save_every_s=float("inf"),
+        )
     )
-    method = METHODS["importance"]
-    began: list[float] = []
-    method.run(
-        problem,
-        method.config(),
-        checkpoint=NoCheckpoint(),
-        trace=lambda record: began.append(time.perf_counter() - timed.fit_s - timed.losses_s),
-        progress=Silent(),
-    )
-    own_s = float(np.median(np.diff(began)))  # between ends of iterations; set-up is before the first
-    step_s = timed.fit_s / timed.fits
+    step_s = float(np.median(timed.fit_seconds))
     return {
         "tiers": count,
-        "own_seconds": own_s,
+        "supernet": "trains on" if trains_on else "stays",
+        "own_seconds": trace.mean_s,
         "step_seconds": step_s,
-        "evaluation_seconds": timed.losses_s / len(began),
-        "share": own_s / step_s,
+        "evaluation_seconds": timed.losses_s / trace.iterations,
+        "share": trace.mean_s / step_s,
     }
+
+
+def search(problem: SearchProblem) -> tuple[Timed, OwnTime]:
+    """By `importance`, with nothing kept."""
+    timed, method = problem.evaluator, METHODS["importance"]
+    assert isinstance(timed, Timed)
+    trace = OwnTime(timed)
+    method.run(problem, method.config(), checkpoint=NoCheckpoint(), trace=trace.write, progress=Silent())
+    return timed, trace
 
 
 # --------------------------------------------------------------------------------------------------- growth
@@ -187,38 +223,26 @@ class ToyEvaluator:
         pass
 
 
-def growth(slots: int, choices: int, tiers: int, iterations: int, seed: int) -> Json:
+def growth(slots: int, choices: int, tiers: int, evaluations: int, seed: int) -> Json:
     """Seconds of an iteration of `importance` that has nothing to wait for."""
     sizes = (slots, choices)
     costs = ToyCosts(sizes, seed)
     largest = float(costs.additive.max(axis=2).sum())
-    problem = SearchProblem(
-        space=ToySpace(slots, choices),
-        costs={"toy": costs},
-        tiers=tuple(
-            Tier("toy", f"t{n}", (Limit("cost", share * largest, False, "share"),))
-            for n, share in enumerate(np.linspace(0.5, 0.8, tiers).tolist())
-        ),
-        evaluator=ToyEvaluator(sizes, seed),
-        evaluations=2 * tiers * iterations,
-        seed=seed,
-        save_every_s=float("inf"),
+    _, trace = search(
+        SearchProblem(
+            space=ToySpace(slots, choices),
+            costs={"toy": costs},
+            tiers=tuple(
+                Tier("toy", f"t{n}", (Limit("cost", share * largest, False, "share"),))
+                for n, share in enumerate(np.linspace(0.5, 0.8, tiers).tolist())
+            ),
+            evaluator=Timed(ToyEvaluator(sizes, seed)),
+            evaluations=evaluations,
+            seed=seed,
+            save_every_s=float("inf"),
+        )
     )
-    ends: list[float] = []
-    method = METHODS["importance"]
-    method.run(
-        problem,
-        method.config(),
-        checkpoint=NoCheckpoint(),
-        trace=lambda record: ends.append(time.perf_counter()),
-        progress=Silent(),
-    )
-    return {
-        "slots": slots,
-        "choices": choices,
-        "tiers": tiers,
-        "own_seconds": float(np.median(np.diff(ends))),
-    }
+    return {"slots": slots, "choices": choices, "tiers": tiers, "own_seconds": trace.mean_s}
 
 
 # -------------------------------------------------------------------------------------------------- options
@@ -260,8 +284,8 @@ def option_ratio(
     space: MBConvSpace, archs: Sequence[Arch], images: Tensor, labels: Tensor, option: str, pairs: int
 ) -> Json:
     """Step time with the option against the default."""
-    ratios: list[float] = []
-    for arch in archs:
+    ratios_MP = np.ones((len(archs), pairs))
+    for ratios_P, arch in zip(ratios_MP, archs, strict=True):
         with_option = training_step(space, arch, images, labels, option)
         default = training_step(space, arch, images, labels, "")
         for _ in range(3):
@@ -269,12 +293,22 @@ def option_ratio(
         for number in range(pairs):
             if number % 2:
                 own = with_option()
-                ratios.append(own / default())
+                ratios_P[number] = own / default()
             else:
                 other = default()
-                ratios.append(with_option() / other)
-    median, low, high = median_interval(np.array(ratios), np.random.default_rng(0))
-    return {"option": option, "median": median, "low": low, "high": high}
+                ratios_P[number] = with_option() / other
+    low, high = nested_interval(ratios_MP, np.random.default_rng(0))
+    return {"option": option, "median": float(np.median(ratios_MP)), "low": low, "high": high}
+
+
+def nested_interval(ratios_MP: FloatArray, rng: Generator) -> tuple[float, float]:
+    """95 % of the median, by a percentile bootstrap over members and over the pairs of each."""
+    num, pairs = ratios_MP.shape
+    members_RM = rng.integers(num, size=(RESAMPLES, num))
+    pairs_RMP = rng.integers(pairs, size=(RESAMPLES, num, pairs))
+    medians_R = np.median(ratios_MP[members_RM[:, :, None], pairs_RMP], axis=(1, 2))
+    low, high = np.quantile(medians_R, (0.025, 0.975))
+    return float(low), float(high)
 
 
 # --------------------------------------------------------------------------------------------------- script
@@ -282,10 +316,11 @@ def option_ratio(
 
 def arguments() -> Namespace:
     parser = parser_for("throughput", __doc__, "--json throughput.json")
-    parser.add_argument("--data", default="digits", help="whose images the supernet trains on")
+    parser.add_argument("--data", default="fashion-mnist", help="whose images networks train on")
     parser.add_argument("--tiers", type=whole_numbers, default=[1, 2, 5, 15])
-    parser.add_argument("--iterations", type=int, default=24, help="of every search")
-    parser.add_argument("--members", type=int, default=3, help="networks that options are tried on")
+    parser.add_argument("--evaluations", type=int, default=400, help="of every search")
+    parser.add_argument("--warm-up", type=int, default=30, help="steps before every search on a supernet")
+    parser.add_argument("--members", type=int, default=6, help="networks that options are tried on")
     parser.add_argument("--pairs", type=int, default=10, help="of steps, per network and option")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--options", default=",".join(OPTIONS))
@@ -301,11 +336,13 @@ def main() -> bool:
     torch.set_flush_denormal(True)
     task = load_task(asked.data, seed=0, progress=Silent())
     space = MBConvSpace(task.image_shape, len(task.classes))
-    shares = [overhead(space, task, count, asked.iterations, asked.seed) for count in asked.tiers]
+    shares = [
+        overhead(space, task, count, trains_on, asked) for trains_on in (False, True) for count in asked.tiers
+    ]
     grown = [
-        growth(slots, choices, count, asked.iterations, asked.seed)
+        growth(slots, choices, count, asked.evaluations, asked.seed)
         for slots, choices in GROWTH
-        for count in (1, 15)
+        for count in asked.tiers
     ]
     options = _options(asked, space)
     return evidence.finish(
@@ -313,7 +350,9 @@ def main() -> bool:
         seeds=[asked.seed],
         numbers={"overhead": shares, "growth": grown, "options": options, "threads": torch.get_num_threads()},
         targets=[
-            at_most(f"the search's own share of a step, {n['tiers']} tiers", n["share"], SHARE_LIMIT)
+            at_most(
+                f"own share of a step, {n['tiers']} tiers, supernet {n['supernet']}", n["share"], SHARE_LIMIT
+            )
             for n in shares
         ],
         table=_tables(shares, grown, options),
@@ -333,6 +372,7 @@ def _options(asked: Namespace, space: MBConvSpace) -> list[Json]:
 def _tables(shares: Sequence[Json], grown: Sequence[Json], options: Sequence[Json]) -> str:
     overheads = [
         [
+            n["supernet"],
             n["tiers"],
             f"{1e3 * n['own_seconds']:.2f} ms",
             f"{1e3 * n['step_seconds']:.0f} ms",
@@ -348,7 +388,8 @@ def _tables(shares: Sequence[Json], grown: Sequence[Json], options: Sequence[Jso
     return "\n\n".join(
         [
             markdown_table(
-                ["tiers", "own time", "training step", "evaluations", "share of a step"], overheads
+                ["supernet", "tiers", "own time", "training step", "evaluations", "share of a step"],
+                overheads,
             ),
             markdown_table(["slots × choices", "tiers", "own time"], sizes),
             markdown_table(["option", "step against the default"], ratios),

@@ -110,7 +110,17 @@ def test_bisection_ends_just_under_the_budget(budget_ms: float) -> None:
     exact = ((budget_ms - 0.02) / 0.15) ** (1 / 1.5)
     width = widest_within(latency_ms_of, budget_ms, precision=0.005)
     assert exact / 1.005 <= width <= exact
-    assert len(asked) <= 20
+    assert len(asked) <= 40
+
+
+def test_a_wider_network_that_is_faster_is_found() -> None:
+    """Over the budget from 0.5 on, and again within it from 0.6 to 0.62, where channels fill the lanes."""
+
+    def latency_ms(width: float) -> float:
+        return 0.9 if 0.6 <= width <= 0.62 else 2 * width
+
+    assert 0.6 <= widest_within(latency_ms, budget_ms=1.0) <= 0.62
+    assert 0.49 < widest_within(lambda width: 2 * width, budget_ms=1.0) <= 0.5
 
 
 def test_bisection_stands_on_the_last_step_that_fits() -> None:

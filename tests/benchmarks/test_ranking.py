@@ -11,7 +11,11 @@ from scipy import stats
 
 from benchmarks import ranking
 from benchmarks.truth import Key, Row, add_rows, read_rows
+from pipeline.artifacts import RunFolder
+from pipeline.config import parse
 from pipeline.errors import CorruptArtifact
+from pipeline.progress import Silent
+from pipeline.run import Run
 from pipeline.types import Arch, Limit, Tier
 
 
@@ -22,10 +26,23 @@ def band(name: str, test: list[float], again: list[float] | None = None) -> rank
 
 
 def test_a_signal_that_knows_the_truth_has_rho_one_and_no_regret() -> None:
-    bands = [band("s", [1.0, 2.0, 3.0, 4.0]), band("m", [9.0, 8.0, 7.0])]
-    found = ranking.judged([-b.test_N for b in bands], bands, seed=0)
-    assert found["rho"] == pytest.approx(1) and found["interval"] == pytest.approx((1, 1), abs=0.6)
+    bands = [band("s", np.linspace(80, 90, 30).tolist()), band("m", np.linspace(99, 85, 30).tolist())]
+    losses = [-b.test_N for b in bands]
+    found = ranking.judged(losses, bands, 0, losses)
+    assert found["rho"] == pytest.approx(1) and found["interval"] == pytest.approx((1, 1), abs=0.01)
+    assert found["lead"] == 0 and found["lead_interval"] == (0, 0)
     assert [b["regret"] for b in found["bands"].values()] == [0, 0]
+
+
+def test_a_lead_is_of_the_same_networks() -> None:
+    """Signals that err together lead by less, and more surely, than their own intervals say."""
+    rng = np.random.default_rng(0)
+    bands = [band("s", rng.normal(size=40).tolist())]
+    mine = [-bands[0].test_N + rng.normal(size=40)]
+    found = ranking.judged([mine[0] + 0.3 * rng.normal(size=40)], bands, 0, mine)
+    low, high = found["lead_interval"]
+    assert low <= found["lead"] <= high
+    assert high - low < 0.6 * (found["interval"][1] - found["interval"][0])
 
 
 def test_bands_do_not_rank_each_other() -> None:
@@ -33,8 +50,8 @@ def test_bands_do_not_rank_each_other() -> None:
     wrong."""
     bands = [band("s", [1.0, 2.0, 3.0]), band("m", [11.0, 12.0, 13.0])]
     losses = [np.array([10.0, 11.0, 12.0]), np.array([0.0, 1.0, 2.0])]
-    found = ranking.judged(losses, bands, seed=0)
-    assert found["rho"] == pytest.approx(-1)
+    found = ranking.judged(losses, bands, 0, [-each for each in losses])
+    assert found["rho"] == pytest.approx(-1) and found["lead"] == pytest.approx(2)
     assert found["bands"]["cpu/m"]["regret"] == pytest.approx(2)
 
 
@@ -61,11 +78,13 @@ def test_stability_is_of_what_two_seeds_share() -> None:
 
 
 def test_the_runs_evaluator_must_beat_size_and_reach_its_target() -> None:
-    targets = ranking.targets_of({"run": {"rho": 0.5}, "flops": {"rho": 0.6}, "latency": {"rho": 0.1}})
+    behind = {"lead": -0.1, "lead_interval": (-0.3, 0.1)}
+    ahead = {"lead": 0.4, "lead_interval": (0.1, 0.7)}
+    targets = ranking.targets_of({"run": {"rho": 0.5}, "flops": behind, "latency": ahead})
     assert {t.name: t.passed for t in targets} == {
         "ρ within the bands, the run's evaluator": False,
-        "above flops": False,
-        "above latency": True,
+        "ρ above that of flops": False,
+        "ρ above that of latency": True,
     }
 
 
@@ -95,3 +114,13 @@ def test_rho_is_spearmans() -> None:
     rng = np.random.default_rng(0)
     loss_N, test_N = rng.normal(size=20), rng.integers(5, size=20).astype(float)
     assert ranking.spearman(loss_N, test_N) == pytest.approx(stats.spearmanr(-loss_N, test_N).statistic)
+
+
+def test_a_part_of_the_images_is_another_truth(tmp_path: Path) -> None:
+    def named(data: object) -> str:
+        wanted = {"data": data, "profiles": ["params"], "space": {"name": "mbconv", "size": "tiny"}}
+        return ranking.data_of(Run(RunFolder(tmp_path), parse(wanted, "test"), Silent()))
+
+    assert named("digits") == "digits"
+    part, other = (named({"name": "digits", "limit": limit}) for limit in (100, 200))
+    assert part.startswith("digits ") and part != other

@@ -21,6 +21,7 @@ from benchmarks.search_judging import (
     p_lower,
     savings,
     targets_of,
+    to_target,
 )
 from benchmarks.search_methods import ASNG, OURS
 from pipeline.evaluators.tabular import TableSpace, TabularCosts, TabularEvaluator
@@ -80,7 +81,7 @@ def test_hypervolume_is_the_area_between_the_median_and_what_was_seen() -> None:
 
 def results(regret_Z: FloatArray, course_G: FloatArray) -> Results:
     regret_ZEK = np.repeat(regret_Z[:, None, None], len(COUNTS), axis=1)
-    course_ZG = course_G + 0.0 * regret_Z[:, None]
+    course_ZG = course_G + 0.0 * regret_Z[:, None]  # one course for all searches, or one each
     return Results({("truth", "answers"): regret_ZEK}, {"truth": course_ZG}, np.ones((1, len(COUNTS))), 0.0)
 
 
@@ -118,6 +119,17 @@ def test_the_share_of_asng_s_evaluations_by_hand() -> None:
     assert all(saving.ratio == pytest.approx(1 / 3) and not saving.bound for saving in found)
     never = savings(ours, results(np.zeros(4), falling + 9.0), "truth")
     assert never[0].bound and never[0].asng is None and never[0].ratio == 50 / (240 * GRID)
+
+
+def test_evaluations_to_a_target_count_those_who_never_came() -> None:
+    """Two of five searches arrive, and one of them after the evaluations that all have."""
+    courses = np.full((5, 240), 1.0)
+    courses[0, 9:] = 0.1
+    courses[1, 100:] = 0.1
+    found = results(np.zeros(5), courses)
+    assert to_target(found, 0.5) == (None, 100.0, None, 0.2)
+    courses[:3, 19:] = 0.1
+    assert to_target(results(np.zeros(5), courses), 0.5) == (200.0, 100.0, None, 0.6)
 
 
 def test_targets_say_at_which_counts_it_falls_short() -> None:

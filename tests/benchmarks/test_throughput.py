@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from argparse import Namespace
 from collections.abc import Sequence
 
 import numpy as np
@@ -36,7 +37,24 @@ def test_training_and_evaluating_are_told_apart() -> None:
     timed = throughput.Timed(Slow((3, 2), seed=0))
     timed.fit([Arch("toy", (0, 0, 0))], step=0)
     timed.losses([Arch("toy", (0, 0, 0))], step=0)
-    assert timed.fits == 1 and 0.01 <= timed.fit_s < 0.02 <= timed.losses_s
+    assert len(timed.fit_seconds) == 1
+    assert timed.fit_seconds[0] >= 0.01 and timed.losses_s >= 0.02
+    assert timed.seconds == timed.fit_seconds[0] + timed.losses_s
+
+
+def test_own_time_is_a_mean_over_iterations_without_the_evaluator_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The warm-up ends at 10; iterations end at 100 (of which 90 are the evaluator's), 101 and 105."""
+    timed = throughput.Timed(throughput.ToyEvaluator((3, 2), seed=0))
+    trace = throughput.OwnTime(timed)
+    now = iter([100.0, 101.0, 105.0])
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(now))
+    trace.write({"stage": "warm_up"})
+    timed.losses_s = 90.0
+    trace.write({"stage": "search"})
+    trace.write({"stage": "search"})
+    timed.losses_s = 93.0
+    trace.write({"stage": "search"})
+    assert trace.iterations == 3 and trace.mean_s == pytest.approx((105 - 93 - 10) / 2)
 
 
 def test_budgets_rise_and_can_be_met(space: MBConvSpace) -> None:
@@ -47,16 +65,26 @@ def test_budgets_rise_and_can_be_met(space: MBConvSpace) -> None:
     assert budgets == sorted(budgets) and budgets[0] > smallest
 
 
-def test_overhead_leaves_the_evaluator_out(space: MBConvSpace) -> None:
+@pytest.mark.parametrize("trains_on", [False, True])
+def test_overhead_leaves_the_evaluator_out(space: MBConvSpace, trains_on: bool) -> None:
     task = load_task("digits", seed=0, progress=Silent())
-    found = throughput.overhead(space, task, count=2, iterations=4, seed=0)
+    asked = Namespace(evaluations=16, warm_up=2, seed=0)
+    found = throughput.overhead(space, task, 2, trains_on, asked)
     assert found["share"] == pytest.approx(found["own_seconds"] / found["step_seconds"])
     assert 0 < found["own_seconds"] < 10 and found["evaluation_seconds"] > 0
 
 
-def test_growth_runs_as_many_iterations_as_asked() -> None:
-    found = throughput.growth(slots=4, choices=3, tiers=2, iterations=6, seed=0)
-    assert found["own_seconds"] > 0
+def test_growth_is_of_a_search_that_has_nothing_to_wait_for() -> None:
+    found = throughput.growth(slots=4, choices=3, tiers=2, evaluations=24, seed=0)
+    assert 0 < found["own_seconds"] < 10
+
+
+def test_members_that_differ_widen_the_interval() -> None:
+    rng = np.random.default_rng(0)
+    noise_MP = rng.normal(0, 0.01, size=(4, 10))
+    alike = throughput.nested_interval(1 + noise_MP, rng)
+    unlike = throughput.nested_interval(np.array([0.8, 0.9, 1.1, 1.2])[:, None] + noise_MP, rng)
+    assert alike[0] < 1 < alike[1] and unlike[1] - unlike[0] > 10 * (alike[1] - alike[0])
 
 
 def test_toy_costs_are_sums() -> None:
