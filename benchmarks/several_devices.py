@@ -27,7 +27,9 @@ from pipeline.artifacts import write_bytes
 from pipeline.config import parse, read_config
 from pipeline.devices.profile import DeviceProfile
 from pipeline.errors import ConfigError
+from pipeline.progress import Silent
 from pipeline.report.manifest import MANIFEST, read_manifest, tier_key
+from pipeline.run import open_run
 from pipeline.types import Json
 from pipeline.units import format_value
 
@@ -50,10 +52,11 @@ def _profiles(config: Json) -> list[tuple[DeviceProfile, object]]:
 
 
 def run_variant(name: str, config: Json, work: Path) -> Json:
-    """The finished run's manifest."""
-    folder = work / name
-    if not (folder / MANIFEST).is_file():
-        path = work / f"{name}.yaml"
+    """The finished run's manifest. Raises StaleArtifact where the folder holds a run of another job."""
+    folder, path = work / name, work / f"{name}.yaml"
+    if (folder / MANIFEST).is_file():
+        open_run(folder, config, str(path), Silent())
+    else:
         write_bytes(path, yaml.safe_dump(config, sort_keys=False).encode())
         run_job(path, folder, [])
     return read_manifest(folder)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from benchmarks import several_devices
 from pipeline.config import parse, read_config
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, StaleArtifact
+from pipeline.progress import Silent
+from pipeline.report.manifest import MANIFEST
+from pipeline.run import open_run
 from pipeline.types import Json
 
 
@@ -52,3 +57,13 @@ def test_loss_and_evaluations_are_judged_against_the_searches_alone() -> None:
     assert "| b/s | 1.00 ms | 98.0 % | 98.0 % | 80.00 | 83.00 | -3.00 |" in several_devices.table_of(
         searches, tiers
     )
+
+
+def test_a_finished_run_of_another_job_is_refused(tmp_path: Path) -> None:
+    config: Json = {"data": "digits", "profiles": ["params"], "search": {"evaluations": 100}}
+    run = open_run(tmp_path / "one", config, "test", Silent())
+    run.folder.path("costs").mkdir()
+    for name in ("costs/params.json", MANIFEST):
+        run.folder.path(name).write_text("{}")
+    with pytest.raises(StaleArtifact, match="another search"):
+        several_devices.run_variant("one", {**config, "search": {"evaluations": 101}}, tmp_path)
