@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -71,6 +72,17 @@ def replacing(path: Path) -> Iterator[Path]:
         raise _storage_error(path, failure) from None
     finally:
         draft.unlink(missing_ok=True)
+
+
+_DRAFT = re.compile(r"\..+(\.[^.]+)\.[a-z0-9_]{8}\1")
+"""What `replacing` calls the draft of a file: `.state.npz.k2_x81ab.npz` of `state.npz`."""
+
+
+def _remove_drafts(root: Path) -> None:
+    """Drafts that nobody is writing any more: the caller has the folder to itself."""
+    for path in root.rglob(".*"):
+        if _DRAFT.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def _storage_error(path: Path, failure: OSError) -> StorageError:
@@ -176,7 +188,8 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder for this process; RunLocked when another one holds it."""
+        """Hold the folder for this process, and rid it of what killed ones were writing; RunLocked when
+        another one holds it."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as failure:
@@ -191,6 +204,7 @@ class RunFolder:
         except OSError as failure:
             raise _storage_error(self.root, failure) from None
         try:
+            _remove_drafts(self.root)
             yield
         finally:
             lock.release()

@@ -116,6 +116,23 @@ def test_a_second_process_is_refused(tmp_path: Path) -> None:
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
+def test_what_a_killed_process_was_writing_is_removed(tmp_path: Path) -> None:
+    killed = (
+        "import os, sys\nfrom pathlib import Path\nfrom pipeline.artifacts import replacing\n"
+        "with replacing(Path(sys.argv[1])) as draft:\n    draft.write_text('half')\n    os._exit(9)\n"
+    )
+    for name in ("state.npz", "cpu/s/model.fp16.onnx"):
+        subprocess.run([sys.executable, "-c", killed, str(tmp_path / name)], check=False)
+    drafts = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(drafts) == 2
+    others = [tmp_path / name for name in (".gitignore", ".gitignore.original", ".env.json", "state.npz")]
+    for path in others:
+        path.write_text("stays")
+    with RunFolder(tmp_path).locked():
+        assert not any(path.exists() for path in drafts)
+    assert all(path.read_text() == "stays" for path in others)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
