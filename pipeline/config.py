@@ -40,8 +40,9 @@ class SearchSettings(Settings):
     search begins with what that one liked (`pipeline.search.start`).
 
     A method that mixes operations (`darts`, `darts-prime`, `e2rnas`) always trains. There `evaluations` is
-    how many minibatches follow the warm-up, in all tiers together: thousands rather than hundreds.
-    `train_in_search` and `fit_samples` say nothing to it."""
+    how many minibatches follow the warm-up, in all tiers together; by default as many as give each tier
+    200 steps of α, which are few beside the published ones. `train_in_search` and `fit_samples` say nothing
+    to it."""
 
     warm_up: int = Field(1000, ge=0)
     evaluations: int = Field(400, ge=1)
@@ -145,13 +146,17 @@ def parse(values: Mapping[str, Any], where: str) -> RunConfig:
     suggested = METHODS[method.name].suggests(method.settings)
     values = {**DEFAULTS, "evaluator": suggested.get("evaluator", DEFAULTS["evaluator"]), **values}
     profiles = _profiles(values["profiles"], where)
+    search = _mapping(values, "search", where)
+    if "evaluations" in suggested:
+        num_tiers = sum(len(profile.tiers) for profile in profiles)
+        search = {"evaluations": suggested["evaluations"] * num_tiers, **search}
     config = RunConfig(
         profiles=profiles,
         data=_data(values["data"], where),
         space=_space(values["space"], profiles, suggested.get("space", {}), where),
         method=method,
         evaluator=_evaluator(values["evaluator"], where),
-        search=parse_settings(SearchSettings, _mapping(values, "search", where), f"{where}: search"),
+        search=parse_settings(SearchSettings, search, f"{where}: search"),
         derive=parse_settings(DeriveSettings, _mapping(values, "derive", where), f"{where}: derive"),
         retrain=parse_settings(Recipe, _mapping(values, "retrain", where), f"{where}: retrain"),
         export=parse_settings(ExportSettings, _mapping(values, "export", where), f"{where}: export"),
@@ -164,7 +169,14 @@ def parse(values: Mapping[str, Any], where: str) -> RunConfig:
 
 
 def _refuse_unfit(config: RunConfig, where: str) -> None:
-    """What the method or the recipe needs, and the evaluator does not offer."""
+    """What could not be searched or trained, before anything is measured: what the method or the recipe
+    needs, and the evaluator or the other settings do not offer."""
+    num_tiers = sum(len(profile.tiers) for profile in config.profiles)
+    if config.search.evaluations < num_tiers:
+        raise ConfigError(
+            f"{where}: search: evaluations is {config.search.evaluations}, fewer than the {num_tiers} tiers "
+            f"that share them; set {num_tiers} or more"
+        )
     name, offers = config.evaluator.name, EVALUATORS[config.evaluator.name]().offers
     for need in sorted(METHODS[config.method.name].needs - offers):
         fit = ", ".join(other for other, entry in EVALUATORS.items() if need in entry().offers)

@@ -51,6 +51,13 @@ def test_what_is_written_is_read_back_equal(values: dict[str, Any]) -> None:
     assert again.to_json() == config.to_json()
 
 
+def test_fewer_evaluations_than_tiers_are_refused() -> None:
+    devices = [device("a"), device("b")]
+    with pytest.raises(ConfigError, match=r"run\.yaml: search: evaluations is 1, fewer than the 2 tiers"):
+        parsed(profiles=devices, search={"evaluations": 1})
+    assert parsed(profiles=devices, search={"evaluations": 2}).search.evaluations == 2
+
+
 def test_data_and_profiles_are_written_as_stated() -> None:
     """They refuse settings without effect, so a default that is written out would be refused when read."""
     config = parsed(data={"name": "image-folder:photos", "limit": 90}, profiles=[device(provider="none")])

@@ -51,6 +51,16 @@ def test_a_method_that_mixes_brings_its_evaluator_and_norm() -> None:
     assert (parsed().evaluator.name, norm_of(parsed())) == ("one-shot", "none")
 
 
+@pytest.mark.parametrize(("method", "each"), [("darts", 200), ("e2rnas", 200), ("darts-prime", 2200)])
+def test_minibatches_are_enough_to_decide_every_tier(method: str, each: int) -> None:
+    tiers = [{"name": name, "limits": {"params": share}} for name, share in (("s", "30 %"), ("m", "60 %"))]
+    devices = [{"name": name, "tiers": tiers} for name in ("here", "there")]
+    assert parsed(method=method, profiles=devices).search.evaluations == 4 * each
+    stated = parsed(method=method, profiles=devices, search={"evaluations": 30, "warm_up": 2}).search
+    assert (stated.evaluations, stated.warm_up) == (30, 2)
+    assert parsed(method=method, search={"warm_up": 2}).search.evaluations == each
+
+
 def test_what_the_run_states_goes_before_what_the_method_suggests() -> None:
     config = parsed(
         method="darts-prime",

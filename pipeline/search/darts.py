@@ -16,6 +16,8 @@ from pipeline.search.base import RELAXED, SearchMethod, SearchProblem
 from pipeline.search.gradient import GradientSettings, NoPull, Rules, descend
 from pipeline.types import Checkpoint, Json, Progress, SearchResult
 
+RULES = Rules(relaxation.SOFTMAX, pace=None, pull=NoPull())
+
 
 class Darts(GradientSettings):
     """Settings of `darts`."""
@@ -30,12 +32,11 @@ def run(
     progress: Progress,
 ) -> SearchResult:
     """One search per tier; what is raised, see `descend`."""
-    rules = Rules(relaxation.SOFTMAX, pace=None, pull=NoPull())
-    return descend("darts", problem, config, rules, checkpoint=checkpoint, trace=trace, progress=progress)
+    return descend("darts", problem, config, RULES, checkpoint=checkpoint, trace=trace, progress=progress)
 
 
 def suggests(config: Darts) -> Json:
-    return {"evaluator": RELAXED, "space": {"mixed_norm": "pools"}}
+    return {"evaluator": RELAXED, "space": {"mixed_norm": "pools"}, "evaluations": RULES.enough}
 
 
 METHOD = SearchMethod(Darts, run, frozenset({RELAXED}), suggests)

@@ -120,7 +120,7 @@ def run(
 def suggests(config: DartsPrime) -> Json:
     """CRB's weights into a node may have any sum, so that sum is normalised."""
     norm = "nodes" if config.activation == "crb" else "pools"
-    return {"evaluator": RELAXED, "space": {"mixed_norm": norm}}
+    return {"evaluator": RELAXED, "space": {"mixed_norm": norm}, "evaluations": rules_of(config).enough}
 
 
 METHOD = SearchMethod(DartsPrime, run, frozenset({RELAXED}), suggests)

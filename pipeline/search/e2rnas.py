@@ -41,6 +41,8 @@ from pipeline.search.nearest import NONE
 from pipeline.spaces.base import RelaxedSpace
 from pipeline.types import Arch, Checkpoint, FloatArray, Json, Limit, Progress, SearchResult, Slot, Tier
 
+RULES = Rules(relaxation.SOFTMAX, pace=None, pull=NoPull())
+
 
 class E2rnas(GradientSettings):
     """Settings of `e2rnas`."""
@@ -199,14 +201,16 @@ def run(
         for tier in problem.tiers
     }
     floors = {key: size.largest * share for key, share in shares.items()}
-    rules = Rules(
-        relaxation.SOFTMAX, pace=None, pull=NoPull(), combine=Objectives(size, floors, config.least_weight)
-    )
+    rules = RULES._replace(combine=Objectives(size, floors, config.least_weight))
     return descend("e2rnas", problem, config, rules, checkpoint=checkpoint, trace=trace, progress=progress)
 
 
 def suggests(config: E2rnas) -> Json:
-    return {"evaluator": "relaxed-adversarial", "space": {"mixed_norm": "pools"}}
+    return {
+        "evaluator": "relaxed-adversarial",
+        "space": {"mixed_norm": "pools"},
+        "evaluations": RULES.enough,
+    }
 
 
 METHOD = SearchMethod(E2rnas, run, frozenset({RELAXED}), suggests)

@@ -179,6 +179,11 @@ class Rules(NamedTuple):
         """Steps of α in so many minibatches, in the long run."""
         return steps / (1 if self.pace is None else 1 + self.pace.ratio)
 
+    @property
+    def enough(self) -> int:
+        """Minibatches in which a tier is decided: what a run gets that states no number."""
+        return round(LEAST_MOVES / self.moves(1))
+
 
 class TierState(NamedTuple):
     """All that one tier's search has to remember beside the weights of the network; arrays, so that it
@@ -362,7 +367,7 @@ class _Search:
     @property
     def _enough(self) -> int:
         """Minibatches for all tiers."""
-        return round(len(self.problem.tiers) * LEAST_MOVES / self.rules.moves(1))
+        return len(self.problem.tiers) * self.rules.enough
 
     def first_alpha(self) -> FloatArray:
         """The same for all tiers, so that they share the warm-up."""
