@@ -32,7 +32,7 @@ from benchmarks.record import Target, markdown_table
 from benchmarks.search_methods import ASNG, OURS
 from pipeline.algorithms import pareto, surrogate
 from pipeline.search.base import SearchProblem
-from pipeline.types import Arch, ChoiceSpace, CostTable, Evaluator, FloatArray, IntArray, Json, Tier
+from pipeline.types import Arch, Arrays, ChoiceSpace, CostTable, Evaluator, FloatArray, IntArray, Json, Tier
 
 COUNTS = (50, 100, 150, 200, 300, 400, 600, 800)
 GRID = 10
@@ -93,6 +93,25 @@ class Judged(NamedTuple):
     regret: dict[tuple[str, str], FloatArray]
     course: dict[str, FloatArray]
     hypervolume_E: FloatArray
+
+    def to_arrays(self) -> Arrays:
+        return {
+            **{f"regret/{'/'.join(key)}": value for key, value in self.regret.items()},
+            **{f"course/{quality}": value for quality, value in self.course.items()},
+            "hypervolume": self.hypervolume_E,
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: Arrays) -> Judged:
+        regret: dict[tuple[str, str], FloatArray] = {}
+        course: dict[str, FloatArray] = {}
+        for name, value in arrays.items():
+            kind, *parts = name.split("/")
+            if kind == "regret":
+                regret[parts[0], parts[1]] = value
+            elif kind == "course":
+                course[parts[0]] = value
+        return cls(regret, course, arrays["hypervolume"])
 
 
 def judge(contest: Contest, asked_NS: IntArray, answers_N: FloatArray) -> Judged:

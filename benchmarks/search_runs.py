@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +20,8 @@ from benchmarks import search_judging
 from benchmarks.record import Evidence, Target, parser_for
 from benchmarks.search_judging import COUNTS, Contest, Judged, Results, judge
 from benchmarks.search_methods import ASNG, CONTESTANTS, FIRST_SEED, OURS, Recording
-from pipeline.artifacts import RunFolder, sha256_json
+from pipeline.algorithms import surrogate
+from pipeline.artifacts import RunFolder, read_arrays, sha256_file, sha256_json, write_arrays
 from pipeline.errors import ConfigError
 from pipeline.settings import pick
 from pipeline.types import Json
@@ -74,10 +77,12 @@ def compare(name: str, asked: Namespace, contests: Mapping[str, tuple[Make, Json
 
 @contextmanager
 def _mapper(jobs: int) -> Iterator[Callable[..., Any]]:
-    """`map`, over so many processes."""
+    """`map`, over so many processes of one thread each."""
     if jobs == 1:
         yield map
         return
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # read by numpy when a process imports it
+        os.environ.setdefault(name, "1")
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         yield pool.map
 
@@ -100,8 +105,21 @@ def _search(make: Make, identity: Json, method: str, folder: Path, seed: int) ->
             "seconds": round(time.perf_counter() - started, 3),
         }
         work.write_record(path, record, inputs)
+    return _judged(contest, record, path), float(record["seconds"])
+
+
+def _judged(contest: Contest, record: Json, path: Path) -> Judged:
+    """Kept beside the search, under a hash of it and of the code that judges: that takes longer than most
+    searches."""
+    code = [inspect.getsource(module) for module in (search_judging, surrogate)]
+    judge_of = sha256_json([code, COUNTS, sha256_file(path)])
+    kept = path.with_name(f"{path.stem}-judged-{judge_of[:12]}.npz")
+    if kept.is_file():
+        return Judged.from_arrays(read_arrays(kept))
     asked_NS = np.array([[DIGITS.index(digit) for digit in row] for row in record["asked"]], dtype=np.int64)
-    return judge(contest, asked_NS, np.array(record["answers"])), float(record["seconds"])
+    judged = judge(contest, asked_NS, np.array(record["answers"]))
+    write_arrays(kept, judged.to_arrays())
+    return judged
 
 
 def _plain(method: str) -> str:

@@ -147,6 +147,7 @@ def test_the_synthetic_script_searches_every_seed_once(
 
     done = {name: Contestant(refuse, one.settings, one.factor) for name, one in CONTESTANTS.items()}
     monkeypatch.setattr(search_runs, "CONTESTANTS", done)
+    monkeypatch.setattr(search_runs, "judge", refuse)
     again = run(monkeypatch, tmp_path, search_synthetic, *words)
     assert again["numbers"] == found["numbers"]
     changed = {name: Contestant(refuse, {"other": 1}, one.factor) for name, one in CONTESTANTS.items()}
