@@ -204,7 +204,7 @@ def _starter(name: str, work: Callable[[Run], Json | None], help_text: str, exam
     ) -> None:
         with _friendly():
             flags = _flags(profile, data, method, space, evaluator, seed, device)
-            wanted, where = _wanted(config, flags, settings or [])
+            wanted, where = _wanted(config, flags, settings or [], out)
             root = out or EXPORTS / _default_name(config, wanted)
             chosen = _Engine(workers, engine, ray_address, task_resources)
             with _opened(root, wanted, where, chosen) as opened:
@@ -312,19 +312,29 @@ def _flags(
     return {key: value for key, value in flags.items() if value not in (None, [])}
 
 
-def _wanted(config: Path | None, flags: Json, settings: list[str]) -> tuple[Json | None, str]:
-    """The run as file and flags describe it, None when neither says anything; and where that stands."""
+def _wanted(
+    config: Path | None, flags: Json, settings: list[str], out: Path | None = None
+) -> tuple[Json | None, str]:
+    """The run as file and flags describe it, None when neither says anything; and where that stands. Without
+    a file, flags change the run that there is in folder `out`."""
     from pipeline.config import read_config
+    from pipeline.run import read_run
 
-    wanted = {} if config is None else read_config(config)
+    if config is not None:
+        wanted, where = read_config(config), [str(config)]
+    elif out is not None and (flags or settings) and (found := read_run(out)):
+        wanted, where = found, [str(out)]
+    else:
+        wanted, where = {}, []
     for key, value in flags.items():
         section = wanted.get(key)
         same = isinstance(section, dict) and section.get("name") == value
         wanted[key] = section if same else value
     for setting in settings:
         _assign(wanted, setting)
-    where = str(config) if config is not None else "command line"
-    return (wanted if config is not None or flags or settings else None), where
+    if flags or settings or not where:
+        where.append("command line")
+    return (wanted if config is not None or flags or settings else None), " and ".join(where)
 
 
 def _assign(wanted: Json, setting: str) -> None:

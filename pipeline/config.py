@@ -235,6 +235,8 @@ def _entry(catalogue: Mapping[str, T], name: str, what: str, where: str) -> T:
 
 def _data(value: object, where: str) -> PlugIn:
     name, options = _named(value, "data", where)
+    if name not in DATA and Path(name).is_dir():
+        raise ConfigError(f"{where}: data '{name}' is a folder; say image-folder:{name}")
     source = _entry(DATA, name.partition(":")[0], "data set", where)
     return PlugIn(name, parse_settings(source.settings, options, f"{where}: data"))
 

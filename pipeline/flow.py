@@ -21,6 +21,7 @@ from typing import Any
 
 from pipeline.errors import NetworkRefused
 from pipeline.run import Run
+from pipeline.stages import outline
 from pipeline.stages.derive import derive_stage
 from pipeline.stages.export import export_stage
 from pipeline.stages.measure import measure_stage
@@ -47,7 +48,10 @@ the last answers the manifest."""
 def run_all(run: Run) -> Json:
     """From images to the manifest; goes on where an earlier call stopped. A tier whose finished network was
     refused is derived again (`derive.attempts`)."""
+    run.progress.say(outline.images(run))
     STAGES["profile"](run)
+    run.progress.say(outline.tiers(run))
+    run.progress.say(outline.work(run))
     STAGES["search"](run)
     while not _make_tiers(run):
         pass

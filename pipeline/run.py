@@ -176,6 +176,12 @@ def open_run(root: Path, wanted: Json | None, where: str, progress: Progress) ->
     return Run(folder, config, progress)
 
 
+def read_run(root: Path) -> Json | None:
+    """What a folder's run was asked for, in full; None where it holds none."""
+    path = root / RUN_FILE
+    return _without_header(read_yaml(path), path) if path.exists() else None
+
+
 def require_run(root: Path) -> None:
     """Refuse a folder that holds no run to go on with."""
     if not (root / RUN_FILE).exists():

@@ -16,6 +16,10 @@ from tiny_run import DEVICE, TIERS, Cli
 
 from pipeline import __version__
 from pipeline.cli import app
+from pipeline.data import DATA
+from pipeline.evaluators import EVALUATORS
+from pipeline.search import METHODS
+from pipeline.spaces import SPACES
 
 DESCRIPTION = (  # of a run
     "[config] --profile --data --method --space --evaluator --out --seed --device --set --workers "
@@ -147,6 +151,31 @@ def test_settings_that_say_nothing_are_refused(cli: Cli, tmp_path: Path, setting
     outcome = cli("run", *words)
     assert outcome.code == 2 and outcome.crash is None and message in outcome.err
     assert not (tmp_path / "run" / "run.yaml").exists()
+
+
+def test_flags_change_the_run_that_is_there(cli: Cli, finished: Path, tmp_path: Path) -> None:
+    """Said again they go on with it; what differs is named; an unknown setting is one of its own method."""
+    same = cli("profile", "--out", finished, "--data", "digits", "--set", "retrain.epochs=1")
+    assert same.code == 0, same.err
+    other = cli("profile", "--out", finished, "--set", "retrain.epochs=7", "--seed", 5)
+    assert other.err.startswith(f"StaleArtifact: {finished}: holds a run with another seed, retrain;")
+    unknown = cli("profile", "--out", finished, "--set", "method.learning_rate=1")
+    message = f"ConfigError: {finished} and command line: method: unknown key 'learning_rate'; valid keys: "
+    assert unknown.err.startswith(message) and "guide" in unknown.err
+    assert cli("profile", "--out", tmp_path / "new", "--set", "space.size=enormous").err.startswith(
+        "ConfigError: command line: space"
+    )
+
+
+def test_a_folder_of_images_without_the_word_is_understood(cli: Cli, tmp_path: Path) -> None:
+    outcome = cli("profile", "--data", tmp_path, "--out", tmp_path / "run")
+    assert outcome.code == 2 and f"data '{tmp_path}' is a folder; say image-folder:{tmp_path}" in outcome.err
+
+
+def test_help_lists_all_that_there_is(cli: Cli) -> None:
+    words = set(re.findall(r"[a-z0-9-]+", cli("run", "--help").out))
+    for catalogue in (METHODS, SPACES, EVALUATORS, DATA):
+        assert set(catalogue) <= words, set(catalogue) - words
 
 
 def test_a_run_s_folder_is_named_after_what_describes_it(

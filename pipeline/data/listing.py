@@ -31,6 +31,7 @@ from pipeline.types import Arrays, IntArray, Progress
 
 _SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 _VALIDATION_NAMES = {"val", "valid", "validation"}
+_LIKE_A_SPLIT = {*_VALIDATION_NAMES, "train", "training", "test", "testing", "dev", "eval", "evaluation"}
 _FILES_PER_BLOCK = 256
 _FILES_FOR_PROCESSES = 20_000  # from here on headers are read by processes: Pillow's parsers hold the lock
 _BLOCKS_AHEAD = 64
@@ -122,11 +123,14 @@ class Scan:
 
 def scan(root: Path) -> Scan:
     """With train/ and test/, those are the splits, and a val/ beside them is the architecture split;
-    with train/ and val/ alone, val/ is the test split; else the folders are classes. Raises
-    DataError."""
+    with train/ and val/ alone, val/ is the test split; train/ alone is divided; else the folders are
+    classes. Raises DataError."""
     if not root.is_dir():
         raise DataError(f"{root}: wanted a folder of class folders, but {_what_is(root)}")
-    roles = _roles({folder.name for folder in _subfolders(root)})
+    folders = _subfolders(root)
+    roles = _roles({folder.name for folder in folders})
+    if not roles:
+        _refuse_other_splits(root, folders)
     parts: list[tuple[str, Split | None]] = [(name, split) for name, split in roles.items()]
     parts = parts or [("", None)]
     classes = _classes([root / part for part, _ in parts])
@@ -163,6 +167,22 @@ def _roles(names: set[str]) -> dict[str, Split | None]:
     if "test" in names:
         roles["test"] = "test"
     return roles
+
+
+def _refuse_other_splits(root: Path, folders: Sequence[Path]) -> None:
+    """A folder that is called like a split and has the same folders in it as another one is no class. Raises
+    DataError."""
+    for split in (folder for folder in folders if folder.name.lower() in _LIKE_A_SPLIT):
+        inside = {folder.name for folder in _subfolders(split)}
+        for other in folders if len(inside) > 1 else ():
+            shared = inside & {folder.name for folder in _subfolders(other)}
+            if other != split and len(shared) > 1:
+                raise DataError(
+                    f"{root}: '{split.name}' and '{other.name}' have the same folders in them "
+                    f"({some(sorted(shared))}), as splits have; wanted 'train', 'val' and 'test' (or 'train' "
+                    "and one of the others) and nothing beside them, found "
+                    f"{some(sorted(folder.name for folder in folders))}"
+                )
 
 
 def _classes(folders: Sequence[Path]) -> tuple[str, ...]:

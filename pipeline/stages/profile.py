@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.artifacts import replacing, sha256_file, sha256_json
 from pipeline.costs.budgets import resolve_tiers
+from pipeline.costs.counts import flops, module_flops, module_params, params
 from pipeline.costs.table import Measure, SpaceCosts, build_cost_table, export_for_timing
 from pipeline.devices.environment import probe_model
 from pipeline.devices.kit import Waiting
@@ -16,11 +17,14 @@ from pipeline.errors import AwaitingDevice, ConfigError
 from pipeline.evaluators import EVALUATORS
 from pipeline.run import Run
 from pipeline.search.base import RELAXED
+from pipeline.spaces.base import SearchSpace
 from pipeline.types import Json, LatencyRecord
 
 
 def profile_stage(run: Run) -> None:
     _refuse_unfit_space(run)
+    if any(_known(run, profile) is None for profile in run.config.profiles):
+        _refuse_miscounting(run.space)
     waiting = Waiting()
     for profile in run.config.profiles:
         with waiting:
@@ -29,9 +33,7 @@ def profile_stage(run: Run) -> None:
 
 
 def _profile_device(run: Run, profile: DeviceProfile) -> None:
-    path = run.costs_path(profile.name)
-    inputs = {"space": run.input_hashes["space"], "profile": sha256_json(profile.model_dump(mode="json"))}
-    if run.folder.read_record(path, inputs) is not None:
+    if _known(run, profile) is not None:
         return
     if run.cluster is None:  # a cluster's device is asked by the first measurement
         _refuse_missing_provider(profile)
@@ -45,7 +47,16 @@ def _profile_device(run: Run, profile: DeviceProfile) -> None:
         "reference": reference,
         "tiers": [tier.to_json() for tier in tiers],
     }
+    path, inputs = run.costs_path(profile.name), _inputs(run, profile)
     run.folder.write_record(path, {**record, "seconds": seconds()}, inputs)
+
+
+def _known(run: Run, profile: DeviceProfile) -> Json | None:
+    return run.folder.read_record(run.costs_path(profile.name), _inputs(run, profile))
+
+
+def _inputs(run: Run, profile: DeviceProfile) -> dict[str, str]:
+    return {"space": run.input_hashes["space"], "profile": sha256_json(profile.model_dump(mode="json"))}
 
 
 def cost_table(run: Run, profile: DeviceProfile, kit: Path | None = None) -> tuple[SpaceCosts, Json]:
@@ -96,6 +107,23 @@ def _refuse_unfit_space(run: Run) -> None:
         from pipeline.evaluators.relaxed import relaxed_space
 
         relaxed_space(run.space)
+
+
+def _refuse_miscounting(space: SearchSpace) -> None:
+    """Budgets are kept by what a space says of its networks: it must be true of those that it builds. Raises
+    ConfigError."""
+    for which, arch in (("smallest", space.smallest), ("largest", space.largest)):
+        layers, network = space.layers(arch), space.build(arch)
+        found = {"params": (params(layers), module_params(network))}
+        if arch == space.smallest:  # multiply-adds of a large network take seconds to count
+            found["flops"] = (flops(layers), module_flops(network, space.image_shape))
+        for metric, (told, built) in found.items():
+            if told != built:
+                raise ConfigError(
+                    f"space '{space.name}': layers() of its {which} member count {told:,} {metric}, and the "
+                    f"network that build() makes has {built:,}; they must agree: is a layer missing, or the "
+                    "scale and shift of a batch norm?"
+                )
 
 
 def _refuse_missing_provider(profile: DeviceProfile) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from pipeline.data import decode, listing
 from pipeline.data.listing import Files, Headers, Names
+from pipeline.errors import DataError
 from pipeline.progress import Silent
 
 MakeFolder = Callable[..., Path]
@@ -70,6 +71,40 @@ def test_files_are_sorted_by_their_parts_and_measured(make_folder: MakeFolder) -
     files = listing.scan(folder).files
     assert list(files.names)[:3] == ["cat/1/z.png", "cat/1.png", "cat/2.png"]
     assert files.size_N.tolist() == [(folder / name).stat().st_size for name in files.names]
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ("training", "validation", "testing"),
+        ("train", "dev", "test"),
+        ("Train", "Val"),
+        ("train", "test", "notes"),
+    ],
+    ids=",".join,
+)
+def test_splits_under_other_names_are_not_taken_for_classes(
+    make_folder: MakeFolder, parts: tuple[str, ...]
+) -> None:
+    root = make_folder(parts=parts)
+    with pytest.raises(
+        DataError, match=r"the same folders in them \(cat, dog\).*wanted 'train', 'val' and 'test'"
+    ):
+        listing.scan(root)
+
+
+def test_a_class_may_be_called_like_a_split_and_classes_may_have_the_same_folders(
+    make_folder: MakeFolder,
+) -> None:
+    root = make_folder(classes=("bus", "train", "test"))
+    assert listing.scan(root).classes == ("bus", "test", "train")
+    years = make_folder(classes=("2019", "2020"), parts=("deep/owl", "deep/hawk")) / "deep"
+    assert listing.scan(years).classes == ("hawk", "owl")
+
+
+def test_train_alone_is_to_be_divided(make_folder: MakeFolder) -> None:
+    found = listing.scan(make_folder(parts=("train",)))
+    assert found.classes == ("cat", "dog") and not found.given
 
 
 def test_a_file_is_opened_once(make_folder: MakeFolder, tmp_path: Path, opened: list[str]) -> None:
