@@ -53,7 +53,9 @@ Data = Annotated[
 Method = Annotated[
     str | None, typer.Option(help="importance, asng, random, evolution, nsga2, darts, darts-prime or e2rnas.")
 ]
-Space = Annotated[str | None, typer.Option(help="Search space: mbconv, cell or nb201.")]
+Space = Annotated[
+    str | None, typer.Option(help="Search space: mbconv, cell, nb201, or file:PATH.py of your own.")
+]
 EvaluatorName = Annotated[
     str | None,
     typer.Option(

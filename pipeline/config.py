@@ -9,7 +9,8 @@ lands in `run.yaml` states them all.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +24,7 @@ from pipeline.errors import ConfigError, ProfileError
 from pipeline.evaluators import EVALUATORS
 from pipeline.search import METHODS
 from pipeline.settings import Settings, parse_settings, pick
-from pipeline.spaces import SPACES
+from pipeline.spaces import space_entry
 from pipeline.train.recipe import Recipe, Robustness
 from pipeline.types import Json
 
@@ -227,8 +228,15 @@ def _named(value: object, key: str, where: str) -> tuple[str, dict[str, Any]]:
 
 
 def _entry(catalogue: Mapping[str, T], name: str, what: str, where: str) -> T:
-    try:
+    with _told(where):
         return pick(catalogue, name, what)
+
+
+@contextmanager
+def _told(where: str) -> Iterator[None]:
+    """Errors say where the name stands."""
+    try:
+        yield
     except ConfigError as unknown:
         raise ConfigError(f"{where}: {unknown}") from None
 
@@ -247,7 +255,8 @@ def _space(
     """Where the run does not state them, a space's lane block and operations follow the profiles, and what
     the method suggests is taken as far as the space has it."""
     name, options = _named(value, "space", where)
-    entry = _entry(SPACES, name, "space", where)
+    with _told(where):
+        entry = space_entry(name)
     options = {k: v for k, v in suggested.items() if k in entry.settings.model_fields} | options
     if "lane" in entry.settings.model_fields:
         options.setdefault("lane", max(profile.lane for profile in profiles))

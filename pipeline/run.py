@@ -31,7 +31,7 @@ from pipeline.devices.profile import DeviceProfile
 from pipeline.engine import Cluster
 from pipeline.errors import ConfigError, RunFolderError, StaleArtifact
 from pipeline.ranks import ALONE, Place, Ranks, pack, place_in, unpack
-from pipeline.spaces import SPACES
+from pipeline.spaces import space_entry
 from pipeline.spaces.base import SearchSpace
 from pipeline.types import Json, Progress, Tier
 
@@ -65,7 +65,7 @@ class Run:
 
     @cached_property
     def space(self) -> SearchSpace:
-        entry = SPACES[self.config.space.name]
+        entry = space_entry(self.config.space.name)
         return entry.make(self.task.image_shape, len(self.task.classes), self.config.space.settings)
 
     def bench(self, profile: DeviceProfile) -> Bench:

@@ -63,7 +63,7 @@ class ChoiceSpace(Protocol):
     def canonical(self, arch: Arch) -> Arch:
         """The representative of all architectures that build the same network (dead slots set to 0).
 
-        Raises ConfigError when the architecture is not of this space."""
+        Raises ConfigError, "… is not of space NAME", when the architecture is not of this space."""
         ...
 
 

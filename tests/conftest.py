@@ -12,6 +12,16 @@ from tiny_run import TINY, Cli, Outcome
 from typer.testing import CliRunner
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--space",
+        action="append",
+        default=[],
+        metavar="file:PATH.py",
+        help="a space of your own, for tests/conformance/test_spaces.py to check as well",
+    )
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Nothing that a test makes lands in the cache of the person who runs it; trainings that take a blink

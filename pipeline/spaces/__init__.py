@@ -1,11 +1,16 @@
-"""Search spaces. A new one is one file and one line in `SPACES`."""
+"""Search spaces. A new one is one file and one line in `SPACES`, or a file of the user's own."""
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.settings import Settings
+from pipeline.artifacts import sha256_file
+from pipeline.errors import ConfigError
+from pipeline.settings import Settings, pick
 from pipeline.spaces.base import SearchSpace
 from pipeline.spaces.cell import CellSettings, CellSpace
 from pipeline.spaces.mbconv import MBConvSettings, MBConvSpace
@@ -24,3 +29,50 @@ SPACES: dict[str, SpaceEntry] = {
     "cell": SpaceEntry(CellSettings, CellSpace),
     "nb201": SpaceEntry(NB201Settings, NB201Space),
 }
+
+FILE, ENTRY = "file:", "SPACE"
+
+
+def space_entry(name: str) -> SpaceEntry:
+    """The catalogue's; or of `file:PATH`, the entry that a Python file calls SPACE. What is made from such a
+    file has a hash of its text in its fingerprint, so that nothing older is taken for it.
+
+    Raises ConfigError."""
+    if not name.startswith(FILE):
+        return pick(SPACES, name, "space")
+    path = Path(name.removeprefix(FILE)).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"space '{name}': there is no such file; wanted a Python file with {ENTRY} in it")
+    entry, digest = _loaded(path.resolve()), sha256_file(path)
+
+    def make(image_shape: tuple[int, int, int], num_classes: int, settings: Any) -> SearchSpace:
+        space = entry.make(image_shape, num_classes, settings)
+        told = {**space.fingerprint(), "file": digest}
+        object.__setattr__(space, "fingerprint", lambda: told)
+        return space
+
+    return SpaceEntry(entry.settings, make)
+
+
+def _loaded(path: Path) -> SpaceEntry:
+    """A file is run once in a process, so that its classes stay the same."""
+    name = f"budgetline_space_{sha256_file(path)[:16]}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        if spec is None or spec.loader is None:
+            raise ConfigError(f"space '{FILE}{path}': is no Python file; its name must end in .py")
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as failure:
+            del sys.modules[name]
+            raise ConfigError(
+                f"space '{FILE}{path}': cannot be loaded ({type(failure).__name__}: {failure})"
+            ) from failure
+    entry = getattr(sys.modules[name], ENTRY, None)
+    if not isinstance(entry, SpaceEntry):
+        raise ConfigError(
+            f"space '{FILE}{path}': wanted {ENTRY} = SpaceEntry(settings, make) in it, found "
+            f"{'nothing of that name' if entry is None else type(entry).__name__}"
+        )
+    return entry

@@ -29,7 +29,9 @@ class SearchSpace(ChoiceSpace, Protocol):
         ...
 
     def layers(self, arch: Arch) -> tuple[Layer, ...]:
-        """The deployed network, operator by operator, without building it."""
+        """The deployed network, operator by operator, without building it: convolutions (batch norm and
+        rectifier are part of them), sums, pools, and at the end the linear layer. `profile` refuses a space
+        whose parameters or multiply-adds differ from those of the network that `build` makes."""
         ...
 
     def describe(self, arch: Arch) -> Json:
@@ -43,7 +45,8 @@ class SearchSpace(ChoiceSpace, Protocol):
     def supernet(self) -> Supernet: ...
 
     def fingerprint(self) -> Json:
-        """Everything that decides what the architectures are; two spaces with the same one are the same."""
+        """Everything that decides what the architectures are; two spaces with the same one are the same. The
+        code decides as well: a `version` in it is raised when that changes."""
         ...
 
 
@@ -58,7 +61,8 @@ class Traced(Protocol):
 
 
 class Supernet(Protocol):
-    """A module that holds the weights of every member of a space."""
+    """A module that holds the weights of every member of a space. Its parameters are all of its state: what
+    it keeps in buffers is lost when a search goes on."""
 
     def module(self) -> nn.Module: ...
 

@@ -1,8 +1,9 @@
-"""What every search space of the catalogue must do."""
+"""What every search space must do: the catalogue's, one in a file of its own, and what `--space` names."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,17 +12,18 @@ import torch.nn.functional as F
 
 from pipeline.costs.counts import module_flops
 from pipeline.errors import ConfigError
-from pipeline.spaces import SPACES
+from pipeline.spaces import SPACES, space_entry
 from pipeline.spaces.base import SearchSpace, Supernet
 from pipeline.types import Arch
 
 IMAGE_SHAPE, NUM_CLASSES = (3, 16, 16), 5
+PLAIN = f"file:{Path(__file__).parents[1] / 'spaces' / 'plain_space.py'}"
 
 
 def make(
     name: str, image_shape: tuple[int, int, int] = IMAGE_SHAPE, classes: int = NUM_CLASSES
 ) -> SearchSpace:
-    entry = SPACES[name]
+    entry = space_entry(name)
     return entry.make(image_shape, classes, entry.settings())
 
 
@@ -35,7 +37,13 @@ def some_images(count: int = 4) -> torch.Tensor:
     return torch.randn(count, *IMAGE_SHAPE, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(params=SPACES, scope="module")
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "space" in metafunc.fixturenames:
+        names = [*SPACES, PLAIN, *metafunc.config.getoption("--space")]
+        metafunc.parametrize("space", names, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
 def space(request: pytest.FixtureRequest) -> SearchSpace:
     return make(request.param)
 
