@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from pipeline import __version__
-from pipeline.errors import BudgetlineError, ConfigError, CorruptArtifact, StorageError
+from pipeline.errors import BudgetlineError, ConfigError, CorruptArtifact, Ended, StorageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -152,9 +152,9 @@ def _friendly() -> Iterator[None]:
             StorageError(f"{what}; finished stages are kept: put it right and run the same command again")
         )
         raise typer.Exit(2) from None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         typer.echo("stopped; nothing is lost: the same command goes on from here", err=True)
-        raise typer.Exit(130) from None
+        raise typer.Exit(143 if isinstance(stop, Ended) else 130) from None  # as shells tell signals
 
 
 def _complain(error: BudgetlineError) -> None:

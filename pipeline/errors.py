@@ -88,3 +88,7 @@ class CorruptArtifact(RunFolderError): ...
 
 
 class StorageError(BudgetlineError): ...
+
+
+class Ended(KeyboardInterrupt):
+    """Somebody asked the process to end (SIGTERM): it stops as at Ctrl-C, in order."""

@@ -10,6 +10,7 @@ BUDGETLINE_NO_TUNING=1 turns this off; variables that are already set are left a
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 ONEDNN = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "10000", "LRU_CACHE_CAPACITY": "10000"}
@@ -37,7 +38,14 @@ def main() -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
     from pipeline.cli import app
 
+    signal.signal(signal.SIGTERM, _end)
     app(prog_name="budgetline")
+
+
+def _end(number: int, frame: object) -> None:
+    from pipeline.errors import Ended
+
+    raise Ended
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -80,3 +81,19 @@ def test_a_folder_called_pipeline_in_the_working_directory_is_not_taken(tmp_path
     )
     assert "the wrong package" not in done.stderr
     assert done.returncode == 2 and "--seed" in done.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_is_asked_to_stop_says_so(
+    number: signal.Signals, code: int, tiny_yaml: Path, tmp_path: Path
+) -> None:
+    """As soon as it has said what it is about to do, which takes it hours."""
+    words = ["run", tiny_yaml, "--out", tmp_path / "run", "--set", "search.warm_up=1000000"]
+    command = [sys.executable, "-m", "pipeline", *map(str, words)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stderr is not None
+        assert any(line.startswith("plan: ") for line in run.stderr)
+        run.send_signal(number)
+        said = run.stderr.read()
+        assert run.wait(60) == code
+    assert said.splitlines()[-1] == "stopped; nothing is lost: the same command goes on from here"
