@@ -691,19 +691,18 @@ def _print_family(manifest: Json, root: Path) -> None:
 
     from pipeline.units import format_value
 
+    answers = [next(f for f in tier["files"] if f["path"] == tier["answer"]) for tier in manifest["tiers"]]
+    timed = ("p50", "p95") if any(file["latency"] for file in answers) else ()
     table = Table(title=f"{manifest['run']}: {manifest['data']['name']}", title_justify="left")
     table.add_column("tier")
-    for heading in ("budget", "p50", "p95", "params", "FLOPs", "test accuracy", "file"):
+    for heading in ("budget", *timed, "params", "FLOPs", "test accuracy", "file"):
         table.add_column(heading, justify="right")
-    for tier in manifest["tiers"]:
-        file = next(f for f in tier["files"] if f["path"] == tier["answer"])
+    for tier, file in zip(manifest["tiers"], answers, strict=True):
         latency = file["latency"] or {}
-        times = [
-            format_value("latency_ms", latency[k]) if k in latency else "–" for k in ("p50_ms", "p95_ms")
-        ]
+        times = [format_value("latency_ms", latency[f"{k}_ms"]) if latency else "–" for k in timed]
         table.add_row(
             tier["name"] if len(manifest["profiles"]) == 1 else f"{tier['device']}/{tier['name']}",
-            ", ".join(format_value(metric, limit) for metric, limit in tier["budgets"].items()),
+            ", ".join(_budget(metric, limit) for metric, limit in tier["budgets"].items()),
             *times,
             format_value("params", tier["params"]),
             format_value("flops", tier["flops"]),
@@ -714,6 +713,14 @@ def _print_family(manifest: Json, root: Path) -> None:
     console.print(table)
     console.print(f"manifest  {root / 'manifest.json'}", highlight=False, soft_wrap=True)
     console.print(f"report    {root / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _budget(metric: str, limit: float) -> str:
+    """`0.612 ms`, `312 k params`: a time says by itself what it limits."""
+    from pipeline.units import format_value
+
+    names = {"params": " params", "flops": " FLOPs", "weight_bytes": " weights", "memory_bytes": " memory"}
+    return format_value(metric, limit) + names.get(metric, "")
 
 
 def _lower_precision(file: Json) -> list[str]:

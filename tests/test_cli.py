@@ -287,6 +287,7 @@ def test_doctor_reports_as_table_and_json(cli: Cli, monkeypatch: pytest.MonkeyPa
 def test_a_finished_run_prints_its_family_again_and_json_for_machines(cli: Cli, finished: Path) -> None:
     outcome = cli("run", "--out", finished)
     assert outcome.code == 0 and "test accuracy" in outcome.out
+    assert " params" in outcome.out and "p50" not in outcome.out, "nothing was timed"
     manifest = json.loads(cli("run", "--out", finished, "--json").out)
     assert manifest == json.loads((finished / "manifest.json").read_text())
 
