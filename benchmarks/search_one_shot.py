@@ -48,7 +48,7 @@ from benchmarks.record import (
 )
 from benchmarks.rivals import SEARCHED, Entrant, Gym, comparable_recipe
 from benchmarks.truth import read_rows
-from pipeline.artifacts import FileCheckpoint, RunFolder, read_arrays, sha256_json, write_arrays
+from pipeline.artifacts import FileCheckpoint, RunFolder, read_arrays, sha256_file, sha256_json, write_arrays
 from pipeline.config import parse, read_config
 from pipeline.costs.budgets import usage_of_budgets
 from pipeline.errors import ConfigError
@@ -261,7 +261,8 @@ class Seed:
         groups = [(tier,) for tier in self.tiers] if arm.per_tier else [self.tiers]
         evaluations = arm.factor * (self.each if arm.per_tier else config.evaluations)
         path = self._path(f"same-{'-'.join(name.replace(':', '').replace(',', '').split())}.json")
-        inputs = self._inputs(self.tiers, arm.method, arm.settings, evaluations)
+        weights = {"weights": sha256_file(self._path(f"{TOGETHER}.npz"))}
+        inputs = self._inputs(self.tiers, arm.method, arm.settings, evaluations) | weights
         record = self.work.read_record(path, inputs)
         if record is None:
             self.run.progress.say(f"seed {self.seed}: {name}, on the weights of {TOGETHER}")
@@ -422,7 +423,8 @@ def wall_ratio(seed: Json) -> float:
 
 def gain(seed: Json) -> float:
     """Points of test accuracy that searching together gains, on average over the tiers."""
-    return fmean(tier[TOGETHER] - tier["alone"] for tier in seed["tiers"] if not _is_missing(tier))
+    gains = [tier[TOGETHER] - tier["alone"] for tier in seed["tiers"] if not _is_missing(tier)]
+    return fmean(gains) if gains else float("nan")
 
 
 def _is_missing(tier: Json) -> bool:

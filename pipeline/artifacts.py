@@ -11,7 +11,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from pipeline.errors import CorruptArtifact, RunFolderError, RunLocked, StaleArt
 from pipeline.types import Arrays, Json
 
 SCHEMA = 1
+_LOCK = ".lock"
 
 
 def sha256_file(path: Path) -> str:
@@ -57,7 +57,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends well, else vanishes."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}{_DRAFT}", suffix=path.suffix)
         os.close(handle)
     except OSError as failure:
         raise _storage_error(path, failure) from None
@@ -74,14 +74,18 @@ def replacing(path: Path) -> Iterator[Path]:
         draft.unlink(missing_ok=True)
 
 
-_DRAFT = re.compile(r"\..+(\.[^.]+)\.[a-z0-9_]{8}\1")
-"""What `replacing` calls the draft of a file: `.state.npz.k2_x81ab.npz` of `state.npz`."""
+_DRAFT = ".draft-"
+"""In the name of what is being written: `.state.npz.draft-k2_x81ab.npz` of `state.npz`."""
 
 
-def _remove_drafts(root: Path) -> None:
-    """Drafts that nobody is writing any more: the caller has the folder to itself."""
-    for path in root.rglob(".*"):
-        if _DRAFT.fullmatch(path.name) and path.is_file():
+def _remove_drafts(folder: Path) -> None:
+    """Drafts that nobody is writing any more: the caller has the folder to itself, but for what others may
+    have locked in it."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            if not (path / _LOCK).exists():
+                _remove_drafts(path)
+        elif path.name.startswith(".") and _DRAFT in path.name:
             path.unlink(missing_ok=True)
 
 
@@ -194,7 +198,7 @@ class RunFolder:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as failure:
             raise _storage_error(self.root, failure) from None
-        lock = FileLock(self.root / ".lock", timeout=0)
+        lock = FileLock(self.root / _LOCK, timeout=0)
         try:
             lock.acquire()
         except Timeout:

@@ -318,13 +318,13 @@ def _wanted(
     config: Path | None, flags: Json, settings: list[str], out: Path | None = None
 ) -> tuple[Json | None, str]:
     """The run as file and flags describe it, None when neither says anything; and where that stands. Without
-    a file, flags change the run that there is in folder `out`."""
+    a file, flags change the run that was begun in folder `out`."""
     from pipeline.config import read_config
-    from pipeline.run import read_run
+    from pipeline.run import measured_run
 
     if config is not None:
         wanted, where = read_config(config), [str(config)]
-    elif out is not None and (flags or settings) and (found := read_run(out)):
+    elif out is not None and (flags or settings) and (found := measured_run(out)):
         wanted, where = found, [str(out)]
     else:
         wanted, where = {}, []

@@ -551,6 +551,7 @@ def _do_job(root: Path, request: Json, progress: Progress) -> Json:
             f"{run.task.name}: the images here have fingerprint {run.task.fingerprint[:12]}, the driver's "
             f"{request['data'][:12]}"
         )
+    run.require_same_space()
     return jobs[request["job"]["do"]](run, request["job"])
 
 

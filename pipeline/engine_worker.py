@@ -96,6 +96,7 @@ def _opened(request: Json, send: Callable[[Json], None]) -> Callable[[Json], Jso
             run = open_run(Path(request["root"]), None, "worker", Messages(send))
             run.cache = Path(request["cache"])
             prepare_compute(run)
+            run.require_same_space()
             opened.append(run)
         return jobs[job["do"]](opened[0], job)
 

@@ -43,6 +43,7 @@ def main() -> None:
 
 
 def _end(number: int, frame: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is asked already
     from pipeline.errors import Ended
 
     raise Ended

@@ -31,7 +31,7 @@ from pipeline.devices.profile import DeviceProfile
 from pipeline.engine import Cluster
 from pipeline.errors import ConfigError, RunFolderError, StaleArtifact
 from pipeline.ranks import ALONE, Place, Ranks, pack, place_in, unpack
-from pipeline.spaces import space_entry
+from pipeline.spaces import FILE, space_entry
 from pipeline.spaces.base import SearchSpace
 from pipeline.types import Json, Progress, Tier
 
@@ -147,6 +147,14 @@ class Run:
         """What everything in the run was made from."""
         return {"space": sha256_json(self.space.fingerprint()), "data": self.task.fingerprint}
 
+    def require_same_space(self) -> None:
+        """For another process than the one that began: a space in a file may have been changed meanwhile, or
+        be another one on this machine. Raises StaleArtifact."""
+        if self.config.space.name.startswith(FILE):
+            for profile in self.config.profiles:
+                inputs = {"space": self.input_hashes["space"]}
+                self.folder.read_record(self.costs_path(profile.name), inputs)
+
     @contextmanager
     def timed(self) -> Iterator[Callable[[], float]]:
         started = time.perf_counter()
@@ -164,7 +172,7 @@ def open_run(root: Path, wanted: Json | None, where: str, progress: Progress) ->
         require_run(root)
     there = parse(_without_header(read_yaml(path), path), str(path)) if path.exists() else None
     if asked is not None and asked != there:
-        if there is not None and any(folder.path("costs").glob("*.json")):
+        if there is not None and _is_begun(root):
             changed = [k for k, v in asked.to_json().items() if v != there.to_json()[k]]
             raise StaleArtifact(
                 f"{root}: holds a run with another {', '.join(changed)}; choose another --out, "
@@ -176,10 +184,17 @@ def open_run(root: Path, wanted: Json | None, where: str, progress: Progress) ->
     return Run(folder, config, progress)
 
 
-def read_run(root: Path) -> Json | None:
-    """What a folder's run was asked for, in full; None where it holds none."""
+def measured_run(root: Path) -> Json | None:
+    """What a folder's run was asked for, in full; None where nothing was made from it yet, so that it can be
+    described anew."""
     path = root / RUN_FILE
-    return _without_header(read_yaml(path), path) if path.exists() else None
+    if not path.exists() or not _is_begun(root):
+        return None
+    return _without_header(read_yaml(path), path)
+
+
+def _is_begun(root: Path) -> bool:
+    return any((root / "costs").glob("*.json"))
 
 
 def require_run(root: Path) -> None:

@@ -125,8 +125,16 @@ def test_what_a_killed_process_was_writing_is_removed(tmp_path: Path) -> None:
         subprocess.run([sys.executable, "-c", killed, str(tmp_path / name)], check=False)
     drafts = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(drafts) == 2
-    others = [tmp_path / name for name in (".gitignore", ".gitignore.original", ".env.json", "state.npz")]
+    names = (
+        ".gitignore",
+        ".data.json.original.json",
+        "state.npz",
+        "another-run/.lock",
+        "another-run/.a.draft-1",
+    )
+    others = [tmp_path / name for name in names]
     for path in others:
+        path.parent.mkdir(exist_ok=True)
         path.write_text("stays")
     with RunFolder(tmp_path).locked():
         assert not any(path.exists() for path in drafts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,16 @@ def test_flags_change_the_run_that_is_there(cli: Cli, finished: Path, tmp_path: 
     assert cli("profile", "--out", tmp_path / "new", "--set", "space.size=enormous").err.startswith(
         "ConfigError: command line: space"
     )
+
+
+def test_a_run_of_which_nothing_was_made_is_described_anew(cli: Cli, tmp_path: Path) -> None:
+    """What followed from the first description does not stay: here the evaluator and its evaluations."""
+    out = tmp_path / "run"
+    darts = described(cli, out, "--space", "nb201", "--method", "darts")
+    assert (darts["evaluator"]["name"], darts["search"]["evaluations"]) == ("relaxed", 600)
+    shutil.rmtree(out / "costs")
+    again = described(cli, out, "--space", "nb201", "--method", "importance")
+    assert (again["evaluator"]["name"], again["search"]["evaluations"]) == ("one-shot", 400)
 
 
 def test_a_folder_of_images_without_the_word_is_understood(cli: Cli, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -170,19 +171,17 @@ def _roles(names: set[str]) -> dict[str, Split | None]:
 
 
 def _refuse_other_splits(root: Path, folders: Sequence[Path]) -> None:
-    """A folder that is called like a split and has the same folders in it as another one is no class. Raises
+    """Two folders that are called like splits and have the same folders in them are no classes. Raises
     DataError."""
-    for split in (folder for folder in folders if folder.name.lower() in _LIKE_A_SPLIT):
-        inside = {folder.name for folder in _subfolders(split)}
-        for other in folders if len(inside) > 1 else ():
-            shared = inside & {folder.name for folder in _subfolders(other)}
-            if other != split and len(shared) > 1:
-                raise DataError(
-                    f"{root}: '{split.name}' and '{other.name}' have the same folders in them "
-                    f"({some(sorted(shared))}), as splits have; wanted 'train', 'val' and 'test' (or 'train' "
-                    "and one of the others) and nothing beside them, found "
-                    f"{some(sorted(folder.name for folder in folders))}"
-                )
+    for split, other in combinations([f for f in folders if f.name.lower() in _LIKE_A_SPLIT], 2):
+        shared = {f.name for f in _subfolders(split)} & {f.name for f in _subfolders(other)}
+        if len(shared) > 1:
+            raise DataError(
+                f"{root}: '{split.name}' and '{other.name}' have the same folders in them "
+                f"({some(sorted(shared))}), as splits have; wanted 'train', 'val' and 'test' (or 'train' and "
+                "one of the others) and nothing beside them, found "
+                f"{some(sorted(folder.name for folder in folders))}"
+            )
 
 
 def _classes(folders: Sequence[Path]) -> tuple[str, ...]:

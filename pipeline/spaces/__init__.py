@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from pipeline.artifacts import sha256_file
@@ -34,21 +35,26 @@ FILE, ENTRY = "file:", "SPACE"
 
 
 def space_entry(name: str) -> SpaceEntry:
-    """The catalogue's; or of `file:PATH`, the entry that a Python file calls SPACE. What is made from such a
-    file has a hash of its text in its fingerprint, so that nothing older is taken for it.
+    """The catalogue's; or of `file:PATH`, the entry that a Python file calls SPACE. The file stands alone,
+    and what is made from it has a hash of its text in its fingerprint: nothing older is taken for it.
 
     Raises ConfigError."""
     if not name.startswith(FILE):
         return pick(SPACES, name, "space")
     path = Path(name.removeprefix(FILE)).expanduser()
     if not path.is_file():
-        raise ConfigError(f"space '{name}': there is no such file; wanted a Python file with {ENTRY} in it")
+        raise ConfigError(
+            f"space '{name}': there is no such file in {Path.cwd()}; wanted a Python file with {ENTRY} in it"
+        )
     entry, digest = _loaded(path.resolve()), sha256_file(path)
 
     def make(image_shape: tuple[int, int, int], num_classes: int, settings: Any) -> SearchSpace:
         space = entry.make(image_shape, num_classes, settings)
         told = {**space.fingerprint(), "file": digest}
-        object.__setattr__(space, "fingerprint", lambda: told)
+        try:
+            object.__setattr__(space, "fingerprint", lambda: told)
+        except AttributeError:
+            raise ConfigError(f"space '{name}': its class has __slots__; leave them out") from None
         return space
 
     return SpaceEntry(entry.settings, make)
@@ -56,7 +62,7 @@ def space_entry(name: str) -> SpaceEntry:
 
 def _loaded(path: Path) -> SpaceEntry:
     """A file is run once in a process, so that its classes stay the same."""
-    name = f"budgetline_space_{sha256_file(path)[:16]}"
+    name, known = f"budgetline_space_{sha256_file(path)[:16]}", set(sys.modules)
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
         if spec is None or spec.loader is None:
@@ -64,15 +70,44 @@ def _loaded(path: Path) -> SpaceEntry:
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
+            _require_alone(path, set(sys.modules) - known - {name})
+            _require_entry(path, module)
+        except ConfigError:
+            del sys.modules[name]
+            raise
         except Exception as failure:
             del sys.modules[name]
             raise ConfigError(
                 f"space '{FILE}{path}': cannot be loaded ({type(failure).__name__}: {failure})"
             ) from failure
-    entry = getattr(sys.modules[name], ENTRY, None)
-    if not isinstance(entry, SpaceEntry):
-        raise ConfigError(
-            f"space '{FILE}{path}': wanted {ENTRY} = SpaceEntry(settings, make) in it, found "
-            f"{'nothing of that name' if entry is None else type(entry).__name__}"
-        )
+    entry: SpaceEntry = getattr(sys.modules[name], ENTRY)
     return entry
+
+
+def _require_alone(path: Path, imported: set[str]) -> None:
+    """What a neighbour says is in no fingerprint, and other processes do not find it."""
+    for name in imported:
+        file = getattr(sys.modules.get(name), "__file__", None)
+        if file is not None and Path(file).resolve().parent == path.parent:
+            del sys.modules[name]
+            raise ConfigError(
+                f"space '{FILE}{path}': imports {Path(file).name} beside it; put all of a space into one file"
+            )
+
+
+def _require_entry(path: Path, module: ModuleType) -> None:
+    entry = getattr(module, ENTRY, None)
+    if not isinstance(entry, SpaceEntry):
+        found = "nothing of that name" if entry is None else type(entry).__name__
+        raise ConfigError(
+            f"space '{FILE}{path}': wanted {ENTRY} = SpaceEntry(settings, make) in it, found {found}"
+        )
+    if not (isinstance(entry.settings, type) and issubclass(entry.settings, Settings)):
+        raise ConfigError(
+            f"space '{FILE}{path}': {ENTRY}'s settings are {entry.settings!r}; wanted a class made from "
+            "pipeline.settings.Settings"
+        )
+    if "name" in entry.settings.model_fields:
+        raise ConfigError(
+            f"space '{FILE}{path}': has a setting 'name', which is what a run calls the space; rename it"
+        )

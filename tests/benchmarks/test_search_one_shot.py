@@ -143,6 +143,9 @@ def test_what_misses_its_target() -> None:
         passed = [target.passed for target in bench.targets_of([seed])]
         assert not passed[number], number
     assert bench.gain(lacking) == -1, "of the tiers that both have"
+    nothing = seed_of(tiers=[{**tier, TOGETHER: None} for tier in seed_of()["tiers"]])
+    assert [target.passed for target in bench.targets_of([nothing])] == [True, False, False]
+    assert bench.table_of([nothing])
 
 
 def test_tiers_of_a_seed_count_as_one() -> None:
