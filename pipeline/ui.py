@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 PLAIN_SECONDS = 10.0
-WORTH_A_LINE = 1.0
-"""Seconds that something took, from which on it is said that it is done."""
 
 
 def progress_for(console: Console) -> Progress:
@@ -51,7 +49,7 @@ class Bars:
         with Progress(*columns, console=self._console, transient=True) as bars:
             task = bars.add_task(label, total=total, completed=done, note="")
             yield lambda steps, note: bars.update(task, advance=steps, note=note)
-        if total > done and time.monotonic() - started >= WORTH_A_LINE:
+        if total > done:
             self.say(f"{label}: done in {clock(time.monotonic() - started)}")
 
     def say(self, message: str) -> None:
@@ -79,7 +77,7 @@ class Lines:
                 shown = now
 
         yield advance
-        if total > first and time.monotonic() - started >= WORTH_A_LINE:
+        if total > first:
             self.say(f"{label}: done in {clock(time.monotonic() - started)}")
 
     def say(self, message: str) -> None:

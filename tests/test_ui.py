@@ -64,17 +64,7 @@ def test_work_that_fails_is_not_called_done() -> None:
     assert stream.getvalue() == ""
 
 
-def test_what_took_no_time_leaves_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    time, stream = Clock(monkeypatch), io.StringIO()
-    for seconds in (0.4, 1.4):
-        with Lines(stream).track("rank", 10) as advance:
-            time.now += seconds
-            advance(10, "")
-    assert stream.getvalue() == "rank: done in 1 s\n"
-
-
-def test_bars_are_drawn_and_leave_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.ui.WORTH_A_LINE", 0.0)
+def test_bars_are_drawn_and_leave_a_line() -> None:
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, width=100)
     progress = progress_for(console)
