@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,6 +46,7 @@ from benchmarks.record import (
     whole_numbers,
 )
 from benchmarks.rivals import SEARCHED, Entrant, Gym, comparable_recipe
+from benchmarks.timed import Timed
 from benchmarks.truth import read_rows
 from pipeline.artifacts import FileCheckpoint, RunFolder, read_arrays, sha256_file, sha256_json, write_arrays
 from pipeline.config import parse, read_config
@@ -91,34 +91,6 @@ ASNG = "asng per tier"
 
 
 # ------------------------------------------------------------------------------------------------ evaluators
-
-
-class Clocked:
-    """An evaluator that adds up what its answers take; the sums survive in its state."""
-
-    def __init__(self, inner: Evaluator) -> None:
-        self._inner = inner
-        self.noisy, self.trains = inner.noisy, inner.trains
-        self.fit_s = self.losses_s = 0.0
-
-    def fit(self, archs: Sequence[Arch], *, step: int) -> FitInfo:
-        began = time.perf_counter()
-        info = self._inner.fit(archs, step=step)
-        self.fit_s += time.perf_counter() - began
-        return info
-
-    def losses(self, archs: Sequence[Arch], *, step: int, thorough: bool = False) -> FloatArray:
-        began = time.perf_counter()
-        losses = self._inner.losses(archs, step=step, thorough=thorough)
-        self.losses_s += time.perf_counter() - began
-        return losses
-
-    def state(self) -> Arrays:
-        return {**self._inner.state(), "clock": np.array([self.fit_s, self.losses_s])}
-
-    def load_state(self, state: Arrays) -> None:
-        self.fit_s, self.losses_s = state["clock"].tolist()
-        self._inner.load_state({name: value for name, value in state.items() if name != "clock"})
 
 
 class Known:
@@ -221,8 +193,8 @@ class Seed:
         self.run.progress.say(f"seed {self.seed}: {name}")
         checkpoint = FileCheckpoint(self._path(f"{name}-state.npz"))
         evaluator = fresh_evaluator(self.run)
-        clocked = Clocked(evaluator)
-        problem = self._problem(tiers, clocked, evaluations, self.run.config.search.warm_up, inputs)
+        timed = Timed(evaluator)
+        problem = self._problem(tiers, timed, evaluations, self.run.config.search.warm_up, inputs)
         result = METHODS[method].run(
             problem,
             METHODS[method].config(),
@@ -233,8 +205,8 @@ class Seed:
         course = self._course(result.candidates)
         record = {
             "seconds": round(result.seconds, 2),
-            "fit_seconds": round(clocked.fit_s, 2),
-            "seconds_per_evaluation": clocked.losses_s / result.evaluations,
+            "fit_seconds": round(timed.fit_s, 2),
+            "seconds_per_evaluation": timed.losses_s / result.evaluations,
             "evaluations": result.evaluations,
             "tiers": [self._chosen(course, tier, evaluator) for tier in tiers],
             "course": _to_json(course),

@@ -35,6 +35,7 @@ from benchmarks.record import (
     whole_numbers,
 )
 from benchmarks.step_ratio import RESAMPLES, sampled_paths
+from benchmarks.timed import Timed
 from pipeline.costs.table import SpaceCosts
 from pipeline.data import load_task
 from pipeline.data.base import ImageTask
@@ -44,7 +45,7 @@ from pipeline.search import METHODS
 from pipeline.search.base import SearchProblem
 from pipeline.spaces.mbconv import MBConvSpace
 from pipeline.train.retrain import seeded
-from pipeline.types import Arch, Arrays, Evaluator, FitInfo, FloatArray, IntArray, Json, Limit, Slot, Tier
+from pipeline.types import Arch, Arrays, FitInfo, FloatArray, IntArray, Json, Limit, Slot, Tier
 
 SHARE_LIMIT = 0.02
 GROWTH = ((10, 4), (20, 4), (40, 4), (20, 8))
@@ -52,39 +53,6 @@ OPTIONS = ("channels-first", "bf16", "compile")
 
 
 # ------------------------------------------------------------------------------------------------- overhead
-
-
-class Timed:
-    """An evaluator that remembers what its answers took."""
-
-    def __init__(self, inner: Evaluator) -> None:
-        self._inner = inner
-        self.noisy, self.trains = inner.noisy, inner.trains
-        self.fit_seconds: list[float] = []
-        self.losses_s = 0.0
-
-    @property
-    def seconds(self) -> float:
-        """Of everything so far."""
-        return sum(self.fit_seconds) + self.losses_s
-
-    def fit(self, archs: Sequence[Arch], *, step: int) -> FitInfo:
-        began = time.perf_counter()
-        info = self._inner.fit(archs, step=step)
-        self.fit_seconds.append(time.perf_counter() - began)
-        return info
-
-    def losses(self, archs: Sequence[Arch], *, step: int, thorough: bool = False) -> FloatArray:
-        began = time.perf_counter()
-        losses = self._inner.losses(archs, step=step, thorough=thorough)
-        self.losses_s += time.perf_counter() - began
-        return losses
-
-    def state(self) -> Arrays:
-        return self._inner.state()
-
-    def load_state(self, state: Arrays) -> None:
-        self._inner.load_state(state)
 
 
 class OwnTime:
@@ -97,7 +65,7 @@ class OwnTime:
 
     def write(self, record: Json) -> None:
         if record["stage"] == "search":
-            self._ends.append(time.perf_counter() - self._evaluator.seconds)
+            self._ends.append(time.perf_counter() - self._evaluator.fit_s - self._evaluator.losses_s)
 
     @property
     def iterations(self) -> int:

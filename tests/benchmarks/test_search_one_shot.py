@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from benchmarks import search_one_shot as bench
-from benchmarks.search_one_shot import ASNG, TOGETHER, Clocked, Course, Known
+from benchmarks.search_one_shot import ASNG, TOGETHER, Course, Known
 from benchmarks.throughput import ToyEvaluator
 from benchmarks.truth import Row, add_rows
 from pipeline.artifacts import RunFolder, sha256_json
@@ -87,15 +87,6 @@ def test_an_excess_is_above_the_best_of_all_arms_at_equal_evaluations() -> None:
     assert found[ASNG]["4"] == pytest.approx((0.3 - floors[0] + 0.6 - floors[1]) / 2)
     assert set(found[ASNG]) == {"1", "2", "4", "12"} and set(found[TOGETHER]) == {"1", "2", "4"}
     assert found[ASNG]["1"] is None, "a quarter of four leaves none for a tier"
-
-
-def test_the_clock_survives_in_the_state() -> None:
-    clocked = Clocked(ToyEvaluator((3, 2), seed=0))
-    clocked.fit([Arch("toy", (0, 0, 0))], step=0)
-    clocked.losses([Arch("toy", (0, 0, 0))], step=0)
-    again = Clocked(ToyEvaluator((3, 2), seed=0))
-    again.load_state(clocked.state())
-    assert (again.fit_s, again.losses_s) == (clocked.fit_s, clocked.losses_s) != (0, 0)
 
 
 def test_what_is_known_is_not_asked_again_and_always_on_the_same_images() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import throughput
+from benchmarks.timed import Timed
 from pipeline.costs.table import SpaceCosts
 from pipeline.data import load_task
 from pipeline.progress import Silent
@@ -34,17 +35,22 @@ class Slow(throughput.ToyEvaluator):
 
 
 def test_training_and_evaluating_are_told_apart() -> None:
-    timed = throughput.Timed(Slow((3, 2), seed=0))
+    timed = Timed(Slow((3, 2), seed=0))
     timed.fit([Arch("toy", (0, 0, 0))], step=0)
     timed.losses([Arch("toy", (0, 0, 0))], step=0)
     assert len(timed.fit_seconds) == 1
     assert timed.fit_seconds[0] >= 0.01 and timed.losses_s >= 0.02
-    assert timed.seconds == timed.fit_seconds[0] + timed.losses_s
+    assert timed.fit_s == timed.fit_seconds[0]
+    again = Timed(throughput.ToyEvaluator((3, 2), seed=0))
+    again.load_state(timed.state())
+    assert (again.fit_seconds, again.losses_s) == (timed.fit_seconds, timed.losses_s), (
+        "in a search that goes on"
+    )
 
 
 def test_own_time_is_a_mean_over_iterations_without_the_evaluator_s(monkeypatch: pytest.MonkeyPatch) -> None:
     """The warm-up ends at 10; iterations end at 100 (of which 90 are the evaluator's), 101 and 105."""
-    timed = throughput.Timed(throughput.ToyEvaluator((3, 2), seed=0))
+    timed = Timed(throughput.ToyEvaluator((3, 2), seed=0))
     trace = throughput.OwnTime(timed)
     now = iter([100.0, 101.0, 105.0])
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(now))
