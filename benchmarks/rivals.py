@@ -4,8 +4,8 @@ For every tier of a finished run:
 
 - random: members of the space drawn uniformly among those predicted to use 93 to 100 % of the budget, the
   first three that keep it when timed; the best on the architecture split counts, as a user would choose.
-  With `--random paid` as many as could be trained in the time that search and derive took for the tier,
-  and never fewer than three;
+  With `--random paid` as many as can be trained in the time that search and derive took for the tier, and
+  never fewer than three;
 - uniform: members that make the same choice everywhere, nearest under the budget by prediction, the first
   two that keep it when timed (further below where none is in that band; `use` says); again the better one;
 - MobileNetV2-like: benchmarks/mobilenet.py, the widest that keeps the budget when timed.
@@ -22,7 +22,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -295,7 +295,7 @@ def train_one(run: Run, job: Json) -> Json:
 JOBS: dict[str, Callable[[Run, Json], Json]] = {"train": train_one}
 
 
-def train_all(gym: Gym, entrants: dict[Tier, list[Entrant]], seeds: Sequence[int]) -> None:
+def train_all(gym: Gym, entrants: Mapping[Tier, Sequence[Entrant]], seeds: Sequence[int]) -> None:
     """Tier by tier, so that a tier is finished as early as can be; each network once."""
     todo = {
         gym.path(entrant, seed): (tier, entrant, seed)
@@ -312,11 +312,23 @@ def train_all(gym: Gym, entrants: dict[Tier, list[Entrant]], seeds: Sequence[int
         engine.map(f"{len(jobs)} networks", jobs, gym.recipe.steps(len(gym.run.task.splits["weights"])))
 
 
+def finalists(gym: Gym, members: Sequence[Entrant], seed: int) -> list[Entrant]:
+    """Per role the one that the architecture split prefers after this seed's trainings."""
+
+    def accuracy(entrant: Entrant) -> float:
+        record = gym.known(entrant, seed)
+        assert record is not None
+        return float(record["architecture"])
+
+    roles = dict.fromkeys(entrant.role for entrant in members)
+    return [max((m for m in members if m.role == role), key=accuracy) for role in roles]
+
+
 # -------------------------------------------------------------------------------------------------- comparing
 
 
 def entrant_numbers(entrant: Entrant, budget_ms: float, records: Sequence[Json]) -> Json:
-    """One entrant's numbers; accuracies in per cent, the mean over seeds."""
+    """One entrant's numbers; accuracies in per cent, the mean over the seeds that it was trained with."""
     return {
         **entrant.to_json(),
         "name": entrant.name(),
@@ -328,28 +340,21 @@ def entrant_numbers(entrant: Entrant, budget_ms: float, records: Sequence[Json])
     }
 
 
-def best_of(members: Sequence[Json], role: str) -> Json | None:
-    """The member of a role that the architecture split prefers."""
-    return max(
-        (m for m in members if m["role"] == role), key=lambda m: float(m["architecture"]), default=None
-    )
-
-
-def compare(members: Sequence[Json]) -> Json:
-    """Per rival its best, and the searched network's margin in points of test accuracy, with its interval
-    where there are several seeds; below 0 it loses."""
-    searched = best_of(members, SEARCHED)
-    assert searched is not None
-    best = {role: best_of(members, role) for role in RIVALS}
+def compare(members: Sequence[Json], best: Mapping[str, Json]) -> Json:
+    """The searched network's margin over the best of each role, in points of test accuracy, with its interval
+    where there are several seeds; below 0 it loses. A role that nobody stands for has none."""
+    searched = best[SEARCHED]
+    rivals = {role: best.get(role) for role in RIVALS}
     return {
         "searched": searched,
-        "best": best,
+        "best": rivals,
         "margins": {
-            role: None if rival is None else searched["test"] - rival["test"] for role, rival in best.items()
+            role: None if rival is None else searched["test"] - rival["test"]
+            for role, rival in rivals.items()
         },
         "intervals": {
             role: None if rival is None else margin_interval(searched["test_by_seed"], rival["test_by_seed"])
-            for role, rival in best.items()
+            for role, rival in rivals.items()
         },
         "all": list(members),
     }
@@ -501,7 +506,7 @@ def arguments() -> Namespace:
         "--seeds",
         type=whole_numbers,
         default=[0],
-        help="of training, with commas between; the first draws rivals",
+        help="of training, with commas between; the first draws and chooses rivals",
     )
     parser.add_argument(
         "--random",
@@ -548,7 +553,8 @@ def main() -> bool:
         entrants = {tier: members for tier, (members, _) in selected.items()}
         for tier, seed in itertools.product(tiers, seeds):
             gym.take_from_run(tier, entrants[tier][0], seed)
-        train_all(gym, entrants, seeds)
+        train_all(gym, entrants, seeds[:1])
+        train_all(gym, {tier: finalists(gym, members, seeds[0]) for tier, members in entrants.items()}, seeds)
         results = {tier.key: _result(gym, tier, *selected[tier], seeds) for tier in tiers}
     evidence.finish(
         asked.json,
@@ -570,15 +576,17 @@ def _result(
     gym: Gym, tier: Tier, entrants: Sequence[Entrant], missing: dict[str, str], seeds: Sequence[int]
 ) -> Json:
     budget_ms = tier.budgets["latency_ms"]
-    members = []
-    for entrant in entrants:
+
+    def numbers(entrant: Entrant) -> Json:
         records = [record for seed in seeds if (record := gym.known(entrant, seed)) is not None]
-        members.append(entrant_numbers(entrant, budget_ms, records))
+        return entrant_numbers(entrant, budget_ms, records)
+
+    best = {entrant.role: numbers(entrant) for entrant in finalists(gym, entrants, seeds[0])}
     return {
         "budget_ms": budget_ms,
         "searched_origin": origin_of(gym.run, tier),
         "missing": missing,
-        **compare(members),
+        **compare([numbers(entrant) for entrant in entrants], best),
     }
 
 

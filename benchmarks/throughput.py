@@ -322,6 +322,7 @@ def main() -> bool:
                 f"own share of a step, {n['tiers']} tiers, supernet {n['supernet']}", n["share"], SHARE_LIMIT
             )
             for n in shares
+            if n["tiers"] == max(asked.tiers)
         ],
         table=_tables(shares, grown, options),
     )

@@ -22,6 +22,15 @@ def random_choices(sizes: Sequence[int], num_rows: int, rng: Generator) -> IntAr
     return rng.integers(0, np.asarray(sizes), size=(num_rows, len(sizes)), dtype=np.int64)
 
 
+def first_of_each(rows_NS: IntArray) -> IntArray:
+    """Where each distinct row stands first, in lexicographic order of the rows; choices are not negative.
+
+    As np.unique over an axis has it, at a fraction of the time: big-endian bytes sort as numbers do."""
+    written_NS = np.ascontiguousarray(rows_NS, dtype=">i8")
+    row = np.dtype((np.void, written_NS.itemsize * written_NS.shape[1]))
+    return np.unique(written_NS.view(row).ravel(), return_index=True)[1]
+
+
 def mutate(choices_NS: IntArray, sizes: Sequence[int], rate: float, rng: Generator) -> IntArray:
     """A copy where every slot changes with probability `rate`, and one at least; a change is never to itself.
 

@@ -10,17 +10,28 @@ scale from the best one up, which tells the good apart and lets failures be fail
 
 Evaluations of one group (made on the same minibatch, with the same weights) may share an offset, which
 prediction leaves out: losses are taken relative to their group's mean, and how far that mean is from the
-mean of all is part of the model. Axes: N evaluations, S slots, Q queries, F features.
+mean of all is part of the model.
+
+Everything is worked out on one thread: matrices of a few hundred rows take longer on two, by a factor of
+3 where those are a processor's, and sums differ with their number.
+Axes: N evaluations, S slots, Q queries, F features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import cache, wraps
+from typing import TYPE_CHECKING, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 
 from pipeline.types import FloatArray, IntArray, Slot
+
+if TYPE_CHECKING:
+    from threadpoolctl import ThreadpoolController
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 LENGTHS = (0.3, 0.6, 1.2, 2.4)
 """Length scales tried, in numbers of slots."""
@@ -59,6 +70,25 @@ class Surrogate(NamedTuple):
     scale: float
 
 
+def on_one_thread(work: Callable[P, R]) -> Callable[P, R]:
+    @wraps(work)
+    def worked(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _threads().limit(limits=1, user_api="blas"):
+            return work(*args, **kwargs)
+
+    return worked
+
+
+@cache
+def _threads() -> ThreadpoolController:
+    """Of the linear algebra of numpy and scipy, which must be loaded to be found."""
+    import scipy.linalg  # noqa: F401
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()
+
+
+@on_one_thread
 def fit(
     choices_NS: IntArray,
     losses_N: FloatArray,
@@ -83,11 +113,13 @@ def fit(
     return Surrogate(tuple(slots), kernel, own_NF, traded_NF, inverse_NN, inverse_NN @ scaled_N, mean, scale)
 
 
+@on_one_thread
 def predict(surrogate: Surrogate, choices_QS: IntArray) -> FloatArray:
     """Posterior mean at Q queries, on the logarithmic scale of `fit`: it orders, it is no loss."""
     return surrogate.mean + surrogate.scale * (_cross(surrogate, choices_QS) @ surrogate.weights_N)
 
 
+@on_one_thread
 def predict_with_deviation(surrogate: Surrogate, choices_QS: IntArray) -> tuple[FloatArray, FloatArray]:
     """Posterior mean and standard deviation, noise left out."""
     cross_QN = _cross(surrogate, choices_QS)
@@ -96,6 +128,7 @@ def predict_with_deviation(surrogate: Surrogate, choices_QS: IntArray) -> tuple[
     return surrogate.mean + surrogate.scale * (cross_QN @ surrogate.weights_N), deviation_Q
 
 
+@on_one_thread
 def select(
     choices_NS: IntArray, losses_N: FloatArray, slots: Sequence[Slot], groups_N: IntArray | None = None
 ) -> Kernel:

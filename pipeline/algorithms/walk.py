@@ -46,8 +46,9 @@ def walk_into_band(
         found += int(in_band(moved_N[better_N], low).sum())
         if found >= 4 * enough:
             break
-    all_NS, first_N = np.unique(np.concatenate(seen_NS), axis=0, return_index=True)
-    return all_NS, np.concatenate(seen_N)[first_N]
+    all_NS = np.concatenate(seen_NS)
+    first_N = evolution.first_of_each(all_NS)
+    return all_NS[first_N], np.concatenate(seen_N)[first_N]
 
 
 def _distance(usage_N: FloatArray, low: float) -> FloatArray:

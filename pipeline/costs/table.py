@@ -5,10 +5,11 @@ Built once per space, profile and machine, and cached as JSON under a content ha
 
 from __future__ import annotations
 
+import math
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -31,8 +32,8 @@ from pipeline.devices.hardware import cpu_model, gpu_models
 from pipeline.devices.profile import DeviceProfile
 from pipeline.devices.session import CPU, RuntimeSettings
 from pipeline.errors import CorruptArtifact, RunFolderError, StaleArtifact
-from pipeline.spaces.base import SearchSpace
-from pipeline.types import Arch, FloatArray, Json, LatencyRecord, Layer, Progress
+from pipeline.spaces.base import Parted, SearchSpace
+from pipeline.types import Arch, FloatArray, IntArray, Json, LatencyRecord, Layer, Progress
 
 if TYPE_CHECKING:
     from torch import nn
@@ -137,8 +138,39 @@ class LatencyModel:
 # -------------------------------------------------------------------------------------------------- the table
 
 
+class _Parts:
+    """What the parts of a space's networks cost by the choices of their slots, learnt when they are met.
+
+    Axes: N networks, S slots, P parts, C codes (a part, and choices of its slots), M metrics."""
+
+    def __init__(
+        self, space: Parted, sizes: Sequence[int], learn: Callable[[Sequence[Layer]], FloatArray]
+    ) -> None:
+        self._space, self._learn = space, learn
+        self._sizes = [tuple(sizes[slot] for slot in slots) for slots in space.parts]
+        self._first_P = np.cumsum([0, *map(math.prod, self._sizes)])
+        self._step_SP = np.zeros((len(sizes), len(self._sizes)), dtype=np.int64)
+        for part, slots in enumerate(space.parts):
+            for place, slot in enumerate(slots):
+                self._step_SP[slot, part] = math.prod(self._sizes[part][place + 1 :])
+        self._cost_CM = np.full((int(self._first_P[-1]), len(learn(()))), np.nan)
+
+    def of(self, rows_NS: IntArray) -> FloatArray:
+        """Shape (N, M)."""
+        code_NP = rows_NS @ self._step_SP + self._first_P[:-1]
+        for code in np.unique(code_NP[np.isnan(self._cost_CM[code_NP, 0])]).tolist():
+            self._cost_CM[code] = self._costs(code)
+        return np.asarray(self._cost_CM[code_NP].sum(axis=1))
+
+    def _costs(self, code: int) -> FloatArray:
+        part = int(np.searchsorted(self._first_P, code, side="right")) - 1
+        choices = np.unravel_index(code - self._first_P[part], self._sizes[part])
+        return self._learn(self._space.part_layers(part, tuple(map(int, choices))))
+
+
 class SpaceCosts:
-    """Costs of a space's networks, worked out operator by operator and remembered. A `CostTable`.
+    """Costs of a space's networks, worked out operator by operator and remembered: part by part where the
+    space has parts (`Parted`), else network by network. A `CostTable`.
 
     `latency` is None where the profile has no device: then only what can be counted is known. Memory is
     worked out for batches of `memory_batch` images, and only where that is given."""
@@ -149,14 +181,16 @@ class SpaceCosts:
         self.space = space
         self.latency = latency
         self.memory_batch = memory_batch
-        self.metrics: tuple[str, ...] = (
-            *COUNTED,
-            *(() if latency is None else (LATENCY,)),
-            *(() if memory_batch is None else (MEMORY,)),
-        )
-        self._constant = 0.0 if latency is None else latency.predictor.constant_ms
-        self._rows: dict[Arch, tuple[float, ...]] = {}
-        self._layers: dict[Layer, tuple[float, ...]] = {}
+        summed = (*COUNTED, *(() if latency is None else (LATENCY,)))
+        self.metrics: tuple[str, ...] = (*summed, *(() if memory_batch is None else (MEMORY,)))
+        self._constant = np.zeros(len(summed))
+        if latency is not None:
+            self._constant[-1] = latency.predictor.constant_ms
+        sizes = [len(slot.choices) for slot in space.slots]
+        self._parts = _Parts(space, sizes, self._sum) if isinstance(space, Parted) else None
+        self._networks: dict[Arch, FloatArray] = {}
+        self._memory: dict[Arch, int] = {}
+        self._layers: dict[Layer, FloatArray] = {}
 
     @property
     def additive(self) -> FloatArray | None:
@@ -165,26 +199,47 @@ class SpaceCosts:
 
     def of(self, archs: Sequence[Arch]) -> FloatArray:
         """Costs, shape (N, M). Raises ConfigError for an architecture of another space."""
-        rows = [self._rows.get(arch) or self._row(arch) for arch in archs]
-        return np.array(rows, dtype=np.float64).reshape(len(archs), len(self.metrics))
+        if not archs:
+            return np.zeros((0, len(self.metrics)))
+        if self._parts is None:
+            costs_NM = self._constant + self._by_network(archs)
+        else:
+            costs_NM = self._constant + self._parts.of(self._rows(archs))
+        if self.memory_batch is None:
+            return costs_NM
+        return np.column_stack([costs_NM, [self._memory_of(arch, self.memory_batch) for arch in archs]])
 
-    def _row(self, arch: Arch) -> tuple[float, ...]:
-        known = self._layers
-        layers = self.space.layers(arch)
-        costs = [known.get(layer) or self._layer_costs(layer) for layer in layers]
-        row = [float(sum(column)) for column in zip(*costs, strict=True)]
-        if self.latency is not None:
-            row[-1] += self._constant
-        if self.memory_batch is not None:
-            row.append(float(memory_bytes(self.space, arch, self.memory_batch)))
-        self._rows[arch] = tuple(row)
-        return self._rows[arch]
+    def _rows(self, archs: Sequence[Arch]) -> IntArray:
+        name, sizes = self.space.name, [len(slot.choices) for slot in self.space.slots]
+        if all(arch.space == name and len(arch.choices) == len(sizes) for arch in archs):
+            rows_NS = np.array([arch.choices for arch in archs], dtype=np.int64)
+            if ((rows_NS >= 0) & (rows_NS < sizes)).all():
+                return rows_NS
+        for arch in archs:
+            self.space.canonical(arch)
+        raise AssertionError("the space takes an architecture that has other slots")
 
-    def _layer_costs(self, layer: Layer) -> tuple[float, ...]:
-        counted = tuple(float(count) for count in summarise([layer]))
-        share = () if self.latency is None else (self.latency.predictor.layer_ms(layer),)
-        self._layers[layer] = (*counted, *share)
+    def _by_network(self, archs: Sequence[Arch]) -> FloatArray:
+        for arch in archs:
+            if arch not in self._networks:
+                self._networks[arch] = self._sum(self.space.layers(arch))
+        return np.stack([self._networks[arch] for arch in archs])
+
+    def _sum(self, layers: Sequence[Layer]) -> FloatArray:
+        """Without what a network takes however small it is, shape (M,), memory left out."""
+        costs = [self._of_layer(layer) for layer in layers]
+        return np.sum(costs, axis=0) if costs else np.zeros_like(self._constant)
+
+    def _of_layer(self, layer: Layer) -> FloatArray:
+        if layer not in self._layers:
+            share = () if self.latency is None else (self.latency.predictor.layer_ms(layer),)
+            self._layers[layer] = np.array([*summarise([layer]), *share], dtype=np.float64)
         return self._layers[layer]
+
+    def _memory_of(self, arch: Arch, batch: int) -> int:
+        if arch not in self._memory:
+            self._memory[arch] = memory_bytes(self.space, arch, batch)
+        return self._memory[arch]
 
     def to_json(self) -> Json:
         return {

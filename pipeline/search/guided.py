@@ -261,7 +261,7 @@ class _Guide:
 
     def _known(self, state: Guided, model: Surrogate) -> tuple[IntArray, FloatArray, FloatArray]:
         """Architectures evaluated, their predicted losses (N,), and usage (N, K)."""
-        rows_NS = np.unique(state.choices_ES, axis=0)
+        rows_NS = state.choices_ES[evolution.first_of_each(state.choices_ES)]
         return rows_NS, surrogate.predict(model, rows_NS), self.problem.usage_of(rows_NS)
 
     def _bred(
@@ -297,5 +297,5 @@ class _Guide:
 
 
 def _distinct(rows_NS: IntArray, values_N: FloatArray) -> tuple[IntArray, FloatArray]:
-    _, first_N = np.unique(rows_NS, axis=0, return_index=True)
+    first_N = evolution.first_of_each(rows_NS)
     return rows_NS[first_N], values_N[first_N]

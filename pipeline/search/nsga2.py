@@ -124,7 +124,7 @@ def sampler(problem: SearchProblem, config: Nsga2, bands: BandSampler) -> Sample
         state: Members, choices_NS: IntArray, losses_N: FloatArray, usage_NK: FloatArray, rng: Generator
     ) -> Members:
         told = Members(problem.canonical(choices_NS), losses_N, usage_NK).plus(state.present)
-        _, first_N = np.unique(told.choices_PS, axis=0, return_index=True)
+        first_N = evolution.first_of_each(told.choices_PS)
         everyone = told.at(np.sort(first_N))
         best = everyone.at(best_first(objectives(everyone))[:num])
         return best.plus(Members.empty(num - len(best.loss_P), num_slots, num_tiers))

@@ -51,6 +51,22 @@ class SearchSpace(ChoiceSpace, Protocol):
 
 
 @runtime_checkable
+class Parted(Protocol):
+    """A space whose networks are put together from parts, each of which hangs on a few slots, so that what is
+    known of a part holds for all networks that have it."""
+
+    @property
+    def parts(self) -> tuple[tuple[int, ...], ...]:
+        """Per part the indices of the slots that it hangs on."""
+        ...
+
+    def part_layers(self, part: int, choices: tuple[int, ...]) -> tuple[Layer, ...]:
+        """A part's operators for choices of its slots, none where the network goes without it. `layers` is
+        those of all parts, one after the other."""
+        ...
+
+
+@runtime_checkable
 class Traced(Protocol):
     """A space that tells what the file exported from a network holds, which its memory is worked out from."""
 

@@ -163,8 +163,19 @@ def stage_strides(image_size: int) -> tuple[int, tuple[int, ...]]:
     return stem, (1,) + (2,) * remaining + (1,) * (stages - 1 - remaining)
 
 
+class Place(NamedTuple):
+    """Where a block may stand. `slots` are those of its operation and its width, and after them that of the
+    stage's depth, or of the width of the stage before for a stage's first block."""
+
+    stage: int
+    position: int
+    stride: int
+    size_in: int
+    slots: tuple[int, ...]
+
+
 class MBConvSpace:
-    """The space for one input. Implements `pipeline.spaces.base.SearchSpace`."""
+    """The space for one input. Implements `pipeline.spaces.base.SearchSpace` and `Parted`."""
 
     name = NAME
 
@@ -196,6 +207,10 @@ class MBConvSpace:
         self.head_widths = self._in_lanes(size.head)
         self.slots = tuple(self._slots())
         self._sizes = tuple(len(slot.choices) for slot in self.slots)
+        self.places = tuple(self._places())
+        num_slots = len(self.slots)
+        self.parts = ((), *(place.slots for place in self.places), (num_slots - 2, num_slots - 1))
+        self._size_of_head = self._size_after(self.places[-1])
         self._plan = lru_cache(maxsize=100_000)(self._make_plan)
 
     def _in_lanes(self, units: tuple[float, ...]) -> tuple[int, ...]:
@@ -213,6 +228,24 @@ class MBConvSpace:
             yield Slot(f"stage{stage}.depth", tuple(str(n) for n in range(1, depth + 1)))
             yield Slot(f"stage{stage}.width", tuple(str(n) for n in widths))
         yield Slot("head.width", tuple(str(n) for n in self.head_widths))
+
+    def _places(self) -> Iterator[Place]:
+        slot_of = {slot.name: number for number, slot in enumerate(self.slots)}
+        size = _stem_layers(self._stem, self.image_shape[1])[-1].size_out
+        for stage, depth in enumerate(self.depths):
+            name = f"stage{stage + 1}"
+            width = slot_of[f"{name}.width"]
+            for position in range(depth):
+                own = f"{name}.block{position + 1}" if self.settings.blockwise else name
+                before = (slot_of[f"stage{stage}.width"],) if stage else ()
+                slots = (
+                    slot_of[f"{own}.operation"],
+                    width,
+                    *((slot_of[f"{name}.depth"],) if position else before),
+                )
+                place = Place(stage, position, 1 if position else self.strides[stage], size, slots)
+                yield place
+                size = self._size_after(place)
 
     # ------------------------------------------------------------------------------------ choices
 
@@ -280,31 +313,59 @@ class MBConvSpace:
     def plan(self, arch: Arch) -> Plan:
         return self._plan(arch)
 
+    @property
+    def _stem(self) -> Unit:
+        channels = self.image_shape[0]
+        return Unit("stem", channels, self.stem_width, 3, self.stem_stride, depthwise=False, relu=True)
+
+    def _head(self, width: int, head: int) -> Unit:
+        channels = self.widths[-1][width]
+        return Unit("head", channels, self.head_widths[head], 1, 1, depthwise=False, relu=True)
+
+    def _block_at(self, place: Place, choices: tuple[int, ...]) -> Block | None:
+        """The block there, for choices of `place.slots`; None where the stage is not that deep."""
+        stage, position, stride, _, _ = place
+        operation, width, *last = choices
+        channels_in = channels_out = self.widths[stage][width]
+        if position:
+            if position > last[0]:
+                return None
+        else:
+            channels_in = self.widths[stage - 1][last[0]] if stage else self.stem_width
+        return _block(stage, position, self.operations[operation], channels_in, channels_out, stride)
+
+    def _size_after(self, place: Place) -> int:
+        if place.position:
+            return place.size_in
+        block = self._block_at(place, (0,) * len(place.slots))
+        assert block is not None
+        return _block_layers(block.units, block.residual, place.size_in)[-1].size_out
+
     def _make_plan(self, arch: Arch) -> Plan:
         self._check(arch)
-        stages, head = self._stages(arch)
-        channels = self.stem_width
-        stem = Unit("stem", self.image_shape[0], channels, 3, self.stem_stride, depthwise=False, relu=True)
-        blocks: list[Block] = []
-        for stage, (operations, depth, width) in enumerate(stages):
-            channels_out = self.widths[stage][width]
-            for index in range(depth + 1):
-                stride = self.strides[stage] if index == 0 else 1
-                blocks.append(
-                    _block(stage, index, self.operations[operations[index]], channels, channels_out, stride)
-                )
-                channels = channels_out
-        last = Unit("head", channels, self.head_widths[head], 1, 1, depthwise=False, relu=True)
-        return Plan(stem, tuple(blocks), last, self.num_classes)
+        of_slots = arch.choices.__getitem__
+        blocks = [self._block_at(place, tuple(map(of_slots, place.slots))) for place in self.places]
+        alive = tuple(block for block in blocks if block is not None)
+        return Plan(self._stem, alive, self._head(*arch.choices[-2:]), self.num_classes)
+
+    def part_layers(self, part: int, choices: tuple[int, ...]) -> tuple[Layer, ...]:
+        """Stem, blocks, head: nothing is fused across them, and networks share them."""
+        if part == 0:
+            return _stem_layers(self._stem, self.image_shape[1])
+        if part > len(self.places):
+            return _head_layers(self._head(*choices), self._size_of_head, self.num_classes)
+        place = self.places[part - 1]
+        block = self._block_at(place, choices)
+        return () if block is None else _block_layers(block.units, block.residual, place.size_in)
 
     def layers(self, arch: Arch) -> tuple[Layer, ...]:
-        """Part by part, since nothing is fused across blocks and networks share them."""
-        plan = self.plan(arch)
-        layers = list(_stem_layers(plan.stem, self.image_shape[1]))
-        for block in plan.blocks:
-            layers += _block_layers(block.units, block.residual, layers[-1].size_out)
-        layers += _head_layers(plan.head, layers[-1].size_out, plan.num_classes)
-        return tuple(layers)
+        self._check(arch)
+        of_slots = arch.choices.__getitem__
+        return tuple(
+            itertools.chain.from_iterable(
+                self.part_layers(part, tuple(map(of_slots, slots))) for part, slots in enumerate(self.parts)
+            )
+        )
 
     def trace(self, arch: Arch) -> tuple[Step, ...]:
         """Operator by operator, as it is exported."""

@@ -1,6 +1,7 @@
 """Mutation, crossover, tournament and the ring of a population."""
 
 import numpy as np
+import pytest
 
 from pipeline.algorithms import evolution
 
@@ -43,3 +44,12 @@ def test_the_oldest_makes_way_and_a_full_tournament_finds_the_best() -> None:
     assert sorted(population.fitness_P.tolist()) == [1.0, 7.0, 9.0]
     winners = evolution.tournament(population, 64, 5, np.random.default_rng(4))
     np.testing.assert_array_equal(winners, np.ones((5, 1)))
+
+
+@pytest.mark.parametrize("shape", [(200, 3), (50, 40), (1, 2), (0, 4)])
+def test_the_first_of_each_is_numpys(shape: tuple[int, int]) -> None:
+    rows = np.random.default_rng(0).integers(0, 300 if shape[1] > 3 else 4, size=shape)
+    rows = np.concatenate([rows, rows[:20]])
+    _, wanted = np.unique(rows, axis=0, return_index=True)
+    np.testing.assert_array_equal(evolution.first_of_each(rows), wanted)
+    np.testing.assert_array_equal(evolution.first_of_each(rows[:, ::-1][:, ::-1]), wanted)

@@ -131,3 +131,19 @@ def test_nobody_asked_for_is_nobody_predicted() -> None:
     model = surrogate.fit(random_rows(12, 5), np.arange(12.0), ALIKE)
     assert surrogate.predict(model, random_rows(0, 0)).shape == (0,)
     assert [part.shape for part in surrogate.predict_with_deviation(model, random_rows(0, 0))] == [(0,), (0,)]
+
+
+def test_it_works_on_one_thread_and_leaves_others_theirs() -> None:
+    from threadpoolctl import ThreadpoolController
+
+    def threads() -> list[int]:
+        libraries = ThreadpoolController().select(user_api="blas").lib_controllers
+        return [library.num_threads for library in libraries]
+
+    inside: list[int] = []
+    surrogate.on_one_thread(lambda: inside.extend(threads()))()
+    with ThreadpoolController().limit(limits=2, user_api="blas"):
+        before = threads()
+        surrogate.on_one_thread(lambda: None)()
+        assert threads() == before
+    assert inside and set(inside) == {1}

@@ -200,14 +200,23 @@ def member(role: str, architecture: float, test: float) -> Json:
     }
 
 
-def test_the_best_is_chosen_by_the_architecture_split_and_judged_by_test() -> None:
+def test_the_first_seed_chooses_a_rivals_best(gym: Gym, run: Run) -> None:
+    small, large = run.space.smallest, run.space.largest
+    members = [Entrant("searched", 0.1, small), Entrant("random", 0.1, large), Entrant("random", 0.1, small)]
+    for entrant, architecture in zip(members[1:], (60.0, 70.0), strict=True):
+        record = {"architecture": architecture, "test": 100 - architecture}
+        gym.work.write_record(gym.path(entrant, 0), record, gym._inputs(0))
+    assert rivals.finalists(gym, members, 0) == [members[0], members[2]]
+
+
+def test_margins_are_between_test_accuracies() -> None:
     members = [
         member("searched", 90.0, 89.0),
         member("random", 91.0, 88.0),
         member("random", 90.5, 92.0),
         member("uniform", 80.0, 89.5),
     ]
-    result = compare(members)
+    result = compare(members, {"searched": members[0], "random": members[1], "uniform": members[3]})
     assert result["best"]["random"] is members[1]
     assert result["margins"] == {"random": 1.0, "uniform": -0.5, "MobileNetV2-like": None}
     assert result["intervals"] == dict.fromkeys(result["margins"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.costs.counts import module_flops
+from pipeline.costs.counts import module_flops, summarise
+from pipeline.costs.table import SpaceCosts
 from pipeline.errors import ConfigError
 from pipeline.spaces import SPACES, space_entry
-from pipeline.spaces.base import SearchSpace, Supernet
+from pipeline.spaces.base import Parted, SearchSpace, Supernet
 from pipeline.types import Arch
 
 IMAGE_SHAPE, NUM_CLASSES = (3, 16, 16), 5
@@ -113,6 +115,22 @@ def test_layers_are_those_of_the_built_network(space: SearchSpace) -> None:
         assert layers[-1].kind == "linear" and layers[-1].channels_out == NUM_CLASSES
         with torch.inference_mode():
             assert network.eval()(some_images()).shape == (4, NUM_CLASSES)
+
+
+def test_parts_put_together_are_the_network_and_its_costs(space: SearchSpace) -> None:
+    archs = [space.smallest, space.largest, *members(space, 20)]
+    if isinstance(space, Parted):
+        for arch in archs:
+            parts = [
+                space.part_layers(part, tuple(arch.choices[slot] for slot in slots))
+                for part, slots in enumerate(space.parts)
+            ]
+            assert tuple(itertools.chain.from_iterable(parts)) == space.layers(arch)
+    costs = SpaceCosts(space, None)
+    wanted = [summarise(space.layers(arch)) for arch in archs]
+    for _ in range(2):
+        np.testing.assert_array_equal(costs.of(archs), wanted)
+        np.testing.assert_array_equal(costs.of(archs[-1:]), wanted[-1:])
 
 
 def test_building_follows_torchs_generator(space: SearchSpace) -> None:

@@ -203,5 +203,25 @@ def test_json_round_trip_and_its_refusals(space: MBConvSpace, built: tuple[Space
 
 
 def test_foreign_architectures_are_refused(built: tuple[SpaceCosts, Json]) -> None:
-    with pytest.raises(ConfigError):
-        built[0].of([Arch("another", (0, 0))])
+    table, space = built[0], built[0].space
+    last = len(space.slots[-1].choices)
+    for stranger in (
+        Arch("another", (0, 0)),
+        Arch("another", space.smallest.choices),
+        Arch(space.name, space.smallest.choices[:-1]),
+        Arch(space.name, (*space.smallest.choices[:-1], last)),
+        Arch(space.name, (-1, *space.smallest.choices[1:])),
+    ):
+        with pytest.raises(ConfigError):
+            table.of([space.smallest, stranger])
+
+
+def test_predicted_latency_is_summed_over_the_parts(
+    space: MBConvSpace, built: tuple[SpaceCosts, Json]
+) -> None:
+    archs = members(space, 10)
+    model = built[0].latency
+    assert model is not None
+    wanted = model.predictor.predict([space.layers(arch) for arch in archs])
+    np.testing.assert_allclose(built[0].of(archs)[:, -1], wanted, rtol=1e-12)
+    assert built[0].of([]).shape == (0, 4)
