@@ -296,7 +296,7 @@ JOBS: dict[str, Callable[[Run, Json], Json]] = {"train": train_one}
 
 
 def train_all(gym: Gym, entrants: Mapping[Tier, Sequence[Entrant]], seeds: Sequence[int]) -> None:
-    """Tier by tier, so that a tier is finished as early as can be; each network once."""
+    """Tier by tier; each network once."""
     todo = {
         gym.path(entrant, seed): (tier, entrant, seed)
         for tier, members in entrants.items()

@@ -3,7 +3,8 @@
 1. Overhead: `importance` on an `mbconv` supernet with 1, 2, 5 and 15 FLOPs tiers, once with a supernet that
    stays as the warm-up left it (the default) and once with one that trains on. All that is not training or
    evaluating (sampling, costs, surrogate, distributions): its mean per iteration, as a share of the median
-   training step with as many paths as tiers. Every search makes the same number of evaluations.
+   training step with as many paths as tiers; judged where there are the most tiers. Every search makes the
+   same number of evaluations.
 2. Growth: the overhead of an iteration on spaces of other numbers of slots and choices, whose evaluator
    costs nothing, for the same numbers of tiers and evaluations.
 3. Options: a training step of one member with channels-last, bf16 or torch.compile switched, each against

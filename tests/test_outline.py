@@ -75,3 +75,19 @@ def test_a_space_that_miscounts_is_refused_before_anything_is_measured(
     ):
         profile_stage(run)
     assert not (tmp_path / "costs").exists()
+
+
+def test_a_space_whose_parts_are_not_its_networks_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as one that derives from `mbconv` and overrides layers() and build() alone."""
+    run, parts_of = run_of(tmp_path), MBConvSpace.part_layers
+    layers = {arch: run.space.layers(arch) for arch in (run.space.smallest, run.space.largest)}
+
+    def part_layers(self: MBConvSpace, part: int, choices: tuple[int, ...]) -> tuple[Layer, ...]:
+        return parts_of(self, part, choices) if part else ()
+
+    monkeypatch.setattr(MBConvSpace, "layers", lambda self, arch: layers[arch])
+    monkeypatch.setattr(MBConvSpace, "part_layers", part_layers)
+    with pytest.raises(ConfigError, match=r"the parts of its smallest member.* override part_layers"):
+        profile_stage(run)

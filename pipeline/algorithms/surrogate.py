@@ -12,8 +12,8 @@ Evaluations of one group (made on the same minibatch, with the same weights) may
 prediction leaves out: losses are taken relative to their group's mean, and how far that mean is from the
 mean of all is part of the model.
 
-Everything is worked out on one thread: matrices of a few hundred rows take longer on two, by a factor of
-3 where those are a processor's, and sums differ with their number.
+Everything is worked out on one thread, where the BLAS can be told so: matrices of a few hundred rows take
+longer on two (on a machine of two, three times as long), and sums differ with the number of threads.
 Axes: N evaluations, S slots, Q queries, F features.
 """
 
@@ -71,6 +71,9 @@ class Surrogate(NamedTuple):
 
 
 def on_one_thread(work: Callable[P, R]) -> Callable[P, R]:
+    """`work`, with the BLAS of the whole process on one thread meanwhile; not to be called by several threads
+    at a time."""
+
     @wraps(work)
     def worked(*args: P.args, **kwargs: P.kwargs) -> R:
         with _threads().limit(limits=1, user_api="blas"):

@@ -144,7 +144,11 @@ class _Parts:
     Axes: N networks, S slots, P parts, C codes (a part, and choices of its slots), M metrics."""
 
     def __init__(
-        self, space: Parted, sizes: Sequence[int], learn: Callable[[Sequence[Layer]], FloatArray]
+        self,
+        space: Parted,
+        sizes: Sequence[int],
+        learn: Callable[[Sequence[Layer]], FloatArray],
+        num_metrics: int,
     ) -> None:
         self._space, self._learn = space, learn
         self._sizes = [tuple(sizes[slot] for slot in slots) for slots in space.parts]
@@ -153,7 +157,7 @@ class _Parts:
         for part, slots in enumerate(space.parts):
             for place, slot in enumerate(slots):
                 self._step_SP[slot, part] = math.prod(self._sizes[part][place + 1 :])
-        self._cost_CM = np.full((int(self._first_P[-1]), len(learn(()))), np.nan)
+        self._cost_CM = np.full((int(self._first_P[-1]), num_metrics), np.nan)
 
     def of(self, rows_NS: IntArray) -> FloatArray:
         """Shape (N, M)."""
@@ -170,7 +174,7 @@ class _Parts:
 
 class SpaceCosts:
     """Costs of a space's networks, worked out operator by operator and remembered: part by part where the
-    space has parts (`Parted`), else network by network. A `CostTable`.
+    space has parts (`Parted`), else, and memory always, network by network. A `CostTable`.
 
     `latency` is None where the profile has no device: then only what can be counted is known. Memory is
     worked out for batches of `memory_batch` images, and only where that is given."""
@@ -187,7 +191,7 @@ class SpaceCosts:
         if latency is not None:
             self._constant[-1] = latency.predictor.constant_ms
         sizes = [len(slot.choices) for slot in space.slots]
-        self._parts = _Parts(space, sizes, self._sum) if isinstance(space, Parted) else None
+        self._parts = _Parts(space, sizes, self._sum, len(summed)) if isinstance(space, Parted) else None
         self._networks: dict[Arch, FloatArray] = {}
         self._memory: dict[Arch, int] = {}
         self._layers: dict[Layer, FloatArray] = {}

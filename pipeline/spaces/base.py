@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -52,8 +53,9 @@ class SearchSpace(ChoiceSpace, Protocol):
 
 @runtime_checkable
 class Parted(Protocol):
-    """A space whose networks are put together from parts, each of which hangs on a few slots, so that what is
-    known of a part holds for all networks that have it."""
+    """A space whose networks are put together from parts, so that what is known of a part holds for all
+    networks that have it. Nothing is fused across parts. A part hangs on a few distinct slots, few enough for
+    a table of all their combinations."""
 
     @property
     def parts(self) -> tuple[tuple[int, ...], ...]:
@@ -62,8 +64,18 @@ class Parted(Protocol):
 
     def part_layers(self, part: int, choices: tuple[int, ...]) -> tuple[Layer, ...]:
         """A part's operators for choices of its slots, none where the network goes without it. `layers` is
-        those of all parts, one after the other."""
+        those of all parts, one after the other (`network_of_parts`)."""
         ...
+
+
+def network_of_parts(space: Parted, arch: Arch) -> tuple[Layer, ...]:
+    """The operators of all parts, one after the other."""
+    return tuple(
+        itertools.chain.from_iterable(
+            space.part_layers(part, tuple(arch.choices[slot] for slot in slots))
+            for part, slots in enumerate(space.parts)
+        )
+    )
 
 
 @runtime_checkable

@@ -27,6 +27,7 @@ from pydantic import field_validator
 
 from pipeline.errors import ConfigError
 from pipeline.settings import Settings
+from pipeline.spaces.base import network_of_parts
 from pipeline.spaces.trace import Step, Trace, Value, deployed
 from pipeline.types import Arch, Json, Layer, Slot
 
@@ -360,12 +361,7 @@ class MBConvSpace:
 
     def layers(self, arch: Arch) -> tuple[Layer, ...]:
         self._check(arch)
-        of_slots = arch.choices.__getitem__
-        return tuple(
-            itertools.chain.from_iterable(
-                self.part_layers(part, tuple(map(of_slots, slots))) for part, slots in enumerate(self.parts)
-            )
-        )
+        return network_of_parts(self, arch)
 
     def trace(self, arch: Arch) -> tuple[Step, ...]:
         """Operator by operator, as it is exported."""

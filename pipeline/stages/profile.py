@@ -17,7 +17,7 @@ from pipeline.errors import AwaitingDevice, ConfigError
 from pipeline.evaluators import EVALUATORS
 from pipeline.run import Run
 from pipeline.search.base import RELAXED
-from pipeline.spaces.base import SearchSpace
+from pipeline.spaces.base import Parted, SearchSpace, network_of_parts
 from pipeline.types import Json, LatencyRecord
 
 
@@ -124,6 +124,12 @@ def _refuse_miscounting(space: SearchSpace) -> None:
                     f"network that build() makes has {built:,}; they must agree: is a layer missing, or the "
                     "scale and shift of a batch norm?"
                 )
+        if isinstance(space, Parted) and network_of_parts(space, arch) != layers:
+            raise ConfigError(
+                f"space '{space.name}': the parts of its {which} member, one after the other, are not what "
+                "layers() says, and costs are added up from parts; override part_layers() as well, or go "
+                "without `parts`"
+            )
 
 
 def _refuse_missing_provider(profile: DeviceProfile) -> None:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
+from threadpoolctl import ThreadpoolController
 
 from pipeline.algorithms import evolution, surrogate
 from pipeline.algorithms.surrogate import Kernel
@@ -133,17 +134,26 @@ def test_nobody_asked_for_is_nobody_predicted() -> None:
     assert [part.shape for part in surrogate.predict_with_deviation(model, random_rows(0, 0))] == [(0,), (0,)]
 
 
-def test_it_works_on_one_thread_and_leaves_others_theirs() -> None:
-    from threadpoolctl import ThreadpoolController
+def blas_threads() -> list[int]:
+    libraries = ThreadpoolController().select(user_api="blas").lib_controllers
+    return [library.num_threads for library in libraries]
 
-    def threads() -> list[int]:
-        libraries = ThreadpoolController().select(user_api="blas").lib_controllers
-        return [library.num_threads for library in libraries]
 
+def test_it_works_on_one_thread_and_leaves_others_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     inside: list[int] = []
-    surrogate.on_one_thread(lambda: inside.extend(threads()))()
+    features = surrogate.features
+
+    def watched(rows: np.ndarray, slots: list[Slot]) -> tuple[np.ndarray, np.ndarray]:
+        inside.extend(blas_threads())
+        return features(rows, slots)
+
+    monkeypatch.setattr(surrogate, "features", watched)
+    seen = random_rows(30, 0)
     with ThreadpoolController().limit(limits=2, user_api="blas"):
-        before = threads()
-        surrogate.on_one_thread(lambda: None)()
-        assert threads() == before
-    assert inside and set(inside) == {1}
+        before = blas_threads()
+        model = surrogate.fit(seen, additive(seen), OWN)
+        for ask in (surrogate.predict, surrogate.predict_with_deviation):
+            ask(model, seen)
+        surrogate.select(seen, additive(seen), OWN)
+        assert blas_threads() == before
+    assert set(inside) <= {1} and len(inside) == 5 * len(before)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from pipeline.costs.counts import module_flops, summarise
 from pipeline.costs.table import SpaceCosts
 from pipeline.errors import ConfigError
 from pipeline.spaces import SPACES, space_entry
-from pipeline.spaces.base import Parted, SearchSpace, Supernet
+from pipeline.spaces.base import Parted, SearchSpace, Supernet, network_of_parts
 from pipeline.types import Arch
 
 IMAGE_SHAPE, NUM_CLASSES = (3, 16, 16), 5
@@ -121,11 +120,7 @@ def test_parts_put_together_are_the_network_and_its_costs(space: SearchSpace) ->
     archs = [space.smallest, space.largest, *members(space, 20)]
     if isinstance(space, Parted):
         for arch in archs:
-            parts = [
-                space.part_layers(part, tuple(arch.choices[slot] for slot in slots))
-                for part, slots in enumerate(space.parts)
-            ]
-            assert tuple(itertools.chain.from_iterable(parts)) == space.layers(arch)
+            assert network_of_parts(space, arch) == space.layers(arch)
     costs = SpaceCosts(space, None)
     wanted = [summarise(space.layers(arch)) for arch in archs]
     for _ in range(2):

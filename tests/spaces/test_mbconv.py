@@ -167,6 +167,39 @@ def test_uniform_members_are_distinct_members_with_one_operation(space: MBConvSp
         assert len(alive) == 1
 
 
+def test_a_slot_decides_over_its_own_stage(space: MBConvSpace) -> None:
+    """And a width over the entry of what comes after it."""
+    for arch in random_members(space, 3, seed=4):
+        before = space.plan(arch)
+        for number, slot in enumerate(space.slots):
+            for choice in range(len(slot.choices)):
+                choices = (*arch.choices[:number], choice, *arch.choices[number + 1 :])
+                after = space.plan(Arch(space.name, choices))
+                place, _, what = slot.name.rpartition(".")
+                if place == "head":
+                    assert after.blocks == before.blocks
+                    assert after.head.channels_out == int(slot.choices[choice])
+                    continue
+                stage = int(place.partition(".")[0].removeprefix("stage")) - 1
+                own = [block for block in after.blocks if block.stage == stage]
+                assert [b for b in after.blocks if b.stage < stage] == [
+                    b for b in before.blocks if b.stage < stage
+                ]
+                later = [[b for b in plan.blocks if b.stage > stage] for plan in (before, after)]
+                if what == "width":
+                    assert {b.units[-1].channels_out for b in own} == {int(slot.choices[choice])}
+                    assert later[0][1:] == later[1][1:]
+                else:
+                    assert later[0] == later[1]
+                if what == "depth":
+                    assert len(own) == int(slot.choices[choice])
+                if what == "operation":
+                    kernel = space.operations[choice].kernel
+                    block = place.partition(".block")[2]
+                    changed = own if not block else [b for b in own if b.position == int(block) - 1]
+                    assert all(kernel in {unit.kernel for unit in b.units} for b in changed)
+
+
 def test_operations_beyond_the_depth_do_not_count() -> None:
     space = MBConvSpace((3, 32, 32), 10, SETTINGS["blockwise"])
     smallest = space.smallest.choices
