@@ -409,7 +409,7 @@ def plot(results: Mapping[str, Results], floor: float, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     qualities = results[OURS].course
     figure, axes = pyplot.subplots(1, len(qualities), figsize=(6 * len(qualities), 4.5), squeeze=False)
@@ -428,6 +428,8 @@ def plot(results: Mapping[str, Results], floor: float, path: Path) -> None:
         axis.set_xlim(COUNTS[0], COUNTS[-1])
         axis.set_xticks(COUNTS, [str(count) for count in COUNTS])
         axis.set_xticks([], minor=True)
+        axis.yaxis.set(major_locator=ticker.LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
+        axis.yaxis.set_minor_formatter("")
         axis.grid(alpha=0.3, which="both")
     axes[0][-1].legend(fontsize=8)
     figure.tight_layout()
