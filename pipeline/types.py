@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +64,15 @@ class ChoiceSpace(Protocol):
         """The representative of all architectures that build the same network (dead slots set to 0).
 
         Raises ConfigError, "… is not of space NAME", when the architecture is not of this space."""
+        ...
+
+
+@runtime_checkable
+class RowSpace(Protocol):
+    """A `ChoiceSpace` that brings many architectures at once into canonical form."""
+
+    def canonical_rows(self, choices_NS: IntArray) -> IntArray:
+        """`canonical` of every row of choices, shape (N, S). Raises ConfigError as it does."""
         ...
 
 
@@ -156,6 +165,15 @@ class CostTable(Protocol):
     def additive(self) -> FloatArray | None:
         """Costs per metric, slot and choice, shape (M, S, C) padded with NaN, whose sum over the chosen
         entries is exactly `of`; None where the space's costs are not additive."""
+        ...
+
+
+@runtime_checkable
+class RowCosts(Protocol):
+    """A `CostTable` that is asked for many architectures at once."""
+
+    def of_rows(self, choices_NS: IntArray) -> FloatArray:
+        """`of` the architectures of canonical rows of choices, shape (N, M)."""
         ...
 
 

@@ -149,16 +149,18 @@ def select(
             smooth = Kernel(length * len(slots), 0.0, trade)
             smooth_NN = _kernel(own_NF, traded_NF, own_NF, traded_NF, len(slots), smooth) + offsets_NN
             for noise in NOISES:
-                covariance_NN = smooth_NN + noise * np.eye(len(scaled_N))
+                covariance_NN = smooth_NN.T.copy(order="F")
+                covariance_NN[np.diag_indices(len(scaled_N))] += noise
                 likelihood[smooth._replace(noise=noise)] = _log_likelihood(covariance_NN, scaled_N)
     return max(likelihood, key=lambda kernel: likelihood[kernel])
 
 
 def _log_likelihood(covariance_NN: FloatArray, values_N: FloatArray) -> float:
-    from scipy.linalg import solve_triangular
+    from scipy.linalg import lapack
 
-    factor_NN = np.linalg.cholesky(covariance_NN)
-    white_N = solve_triangular(factor_NN, values_N, lower=True)
+    factor_NN, failed = lapack.dpotrf(covariance_NN, lower=1, clean=0)
+    assert not failed
+    white_N, _ = lapack.dtrtrs(factor_NN, values_N, lower=1)
     fit_term = 0.5 * len(values_N) * np.log(max(float(white_N @ white_N), 1e-300) / len(values_N))
     return float(-fit_term - np.log(np.diag(factor_NN)).sum())
 
@@ -220,8 +222,15 @@ def _kernel(
     kernel: Kernel,
 ) -> FloatArray:
     """Covariance without noise or offsets, shape (Q, N)."""
-    plain_QN = np.exp((own_QF @ own_NF.T - num_slots) / kernel.length)
-    if not kernel.trade:
-        return np.asarray(plain_QN)
-    traded_QN = np.exp((traded_QF @ traded_NF.T - num_slots) / kernel.length)
-    return np.asarray((1 - kernel.trade) * plain_QN + kernel.trade * traded_QN)
+    similar_QN = _similarity(own_QF @ own_NF.T, num_slots, kernel.length)
+    if kernel.trade:
+        similar_QN *= 1 - kernel.trade
+        similar_QN += kernel.trade * _similarity(traded_QF @ traded_NF.T, num_slots, kernel.length)
+    return similar_QN
+
+
+def _similarity(agreements_QN: FloatArray, num_slots: int, length: float) -> FloatArray:
+    """exp(−differences/ℓ), in place."""
+    agreements_QN -= num_slots
+    agreements_QN /= length
+    return np.asarray(np.exp(agreements_QN, out=agreements_QN))

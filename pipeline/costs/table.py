@@ -174,7 +174,8 @@ class _Parts:
 
 class SpaceCosts:
     """Costs of a space's networks, worked out operator by operator and remembered: part by part where the
-    space has parts (`Parted`), else, and memory always, network by network. A `CostTable`.
+    space has parts (`Parted`), else, and memory always, network by network. A `CostTable`
+    and `RowCosts`.
 
     `latency` is None where the profile has no device: then only what can be counted is known. Memory is
     worked out for batches of `memory_batch` images, and only where that is given."""
@@ -212,6 +213,12 @@ class SpaceCosts:
         if self.memory_batch is None:
             return costs_NM
         return np.column_stack([costs_NM, [self._memory_of(arch, self.memory_batch) for arch in archs]])
+
+    def of_rows(self, choices_NS: IntArray) -> FloatArray:
+        """`of` canonical rows of choices: quick where the space has parts and memory does not count."""
+        if self._parts is None or self.memory_batch is not None:
+            return self.of([Arch(self.space.name, tuple(row)) for row in choices_NS.tolist()])
+        return np.asarray(self._constant + self._parts.of(choices_NS))
 
     def _rows(self, archs: Sequence[Arch]) -> IntArray:
         name, sizes = self.space.name, [len(slot.choices) for slot in self.space.slots]

@@ -35,6 +35,8 @@ from pipeline.types import (
     IntArray,
     Json,
     Progress,
+    RowCosts,
+    RowSpace,
     SearchResult,
     Tier,
 )
@@ -129,11 +131,16 @@ class SearchProblem:
 
     def canonical(self, choices_NS: IntArray) -> IntArray:
         """Canonical rows of choices, shape (N, S)."""
+        if isinstance(self.space, RowSpace):
+            return self.space.canonical_rows(choices_NS)
         return self._known.of(choices_NS)[0]
 
     def usage_of(self, choices_NS: IntArray) -> FloatArray:
         """Share of each tier's budget that an architecture takes, the largest over the tier's limits, shape
-        (N, K). At most 1 where the budget is kept. Worked out once for every row of choices."""
+        (N, K). At most 1 where the budget is kept."""
+        if isinstance(self.space, RowSpace) and self._row_tables is not None:
+            rows_NS = self.space.canonical_rows(choices_NS)
+            return self._usage({device: table.of_rows(rows_NS) for device, table in self._row_tables.items()})
         return self._known.of(choices_NS)[1]
 
     def usage(self, archs: Sequence[Arch]) -> FloatArray:
@@ -144,6 +151,19 @@ class SearchProblem:
     @cached_property
     def _known(self) -> _Known:
         return _Known(len(self.sizes), len(self.tiers), self._work_out)
+
+    @cached_property
+    def _tables(self) -> dict[str, CostTable]:
+        """Of the devices that tiers are for."""
+        return {tier.device: self.costs[tier.device] for tier in self.tiers}
+
+    @cached_property
+    def _row_tables(self) -> dict[str, RowCosts] | None:
+        """The same, where all of them take rows."""
+        rows: dict[str, RowCosts] = {
+            device: table for device, table in self._tables.items() if isinstance(table, RowCosts)
+        }
+        return rows if len(rows) == len(self._tables) else None
 
     @cached_property
     def _limits(self) -> list[tuple[str, list[int], list[float]]]:
@@ -157,11 +177,15 @@ class SearchProblem:
     def _work_out(self, choices_NS: IntArray) -> tuple[IntArray, FloatArray]:
         """Canonical rows and their usage; every device's table is asked once, for all of its tiers."""
         archs = self.archs(choices_NS)
-        costs = {device: self.costs[device].of(archs) for device in {tier.device for tier in self.tiers}}
+        rows_NS = np.array([arch.choices for arch in archs], dtype=np.int64)
+        return rows_NS, self._usage({device: table.of(archs) for device, table in self._tables.items()})
+
+    def _usage(self, costs: Mapping[str, FloatArray]) -> FloatArray:
+        """Shape (N, K), by every device's costs, shape (N, M)."""
         usage_KN = [
             (costs[device][:, columns] / limits).max(axis=1) for device, columns, limits in self._limits
         ]
-        return np.array([arch.choices for arch in archs], dtype=np.int64), np.stack(usage_KN, axis=1)
+        return np.stack(usage_KN, axis=1)
 
     def _cost(self, device: str, metric: str, archs: Sequence[Arch]) -> FloatArray:
         table = self.costs[device]
@@ -274,8 +298,8 @@ class BandSampler:
         return self._distinct(rows_NS)
 
     def _distinct(self, rows_NS: IntArray) -> IntArray:
-        archs = dict.fromkeys(self._problem.archs(rows_NS))
-        return np.array([arch.choices for arch in archs], dtype=np.int64)
+        rows_NS = self._problem.canonical(rows_NS)
+        return rows_NS[np.sort(evolution.first_of_each(rows_NS))]
 
     def _members(self, k: int, pool_NS: IntArray, usage_N: FloatArray, low: float, least: int) -> IntArray:
         enough = min(least, max(1, len(pool_NS) // 10))

@@ -22,7 +22,7 @@ from pipeline.algorithms.surrogate import Kernel, Surrogate
 from pipeline.search.base import BandSampler, Sampler, SearchProblem
 from pipeline.search.start import favourites
 from pipeline.settings import Settings
-from pipeline.types import FloatArray, IntArray, Json, Slot
+from pipeline.types import BoolArray, FloatArray, IntArray, Json, Slot
 
 
 class GuideSettings(Settings):
@@ -77,6 +77,43 @@ class Guided(NamedTuple):
     selected_at: IntArray
 
 
+class Pool(NamedTuple):
+    """Architectures that tiers may ask for, ordered by tier, none twice in one: the tier, choices, predicted
+    loss, and whether it need not be asked for, since it was evaluated before."""
+
+    tier_N: IntArray
+    choices_NS: IntArray
+    loss_N: FloatArray
+    known_N: BoolArray
+
+    def take(self, index_N: IntArray) -> Pool:
+        return Pool(
+            self.tier_N[index_N], self.choices_NS[index_N], self.loss_N[index_N], self.known_N[index_N]
+        )
+
+    def joined(self, tier_N: IntArray, choices_NS: IntArray, loss_N: FloatArray) -> Pool:
+        """With others, of which those that are new to a tier stay."""
+        both = Pool(
+            np.concatenate([self.tier_N, tier_N]),
+            np.concatenate([self.choices_NS, choices_NS]),
+            np.concatenate([self.loss_N, loss_N]),
+            np.concatenate([self.known_N, np.zeros(len(tier_N), dtype=bool)]),
+        )
+        return both.take(evolution.first_of_each(np.column_stack([both.tier_N, both.choices_NS])))
+
+    def span(self) -> tuple[IntArray, IntArray]:
+        """For every member, where its tier begins and how many the tier has."""
+        first_N = np.searchsorted(self.tier_N, self.tier_N)
+        return first_N, np.searchsorted(self.tier_N, self.tier_N, side="right") - first_N
+
+    def leaders(self, num: int, last_N: BoolArray | None = None) -> IntArray:
+        """Where the best `num` of every tier stand, tier by tier; those of `last_N` are behind all others."""
+        behind_N = np.zeros(len(self.tier_N)) if last_N is None else last_N
+        order_N = np.lexsort((self.loss_N, behind_N, self.tier_N))
+        first_N, _ = self.span()
+        return np.asarray(order_N[np.arange(len(order_N)) - first_N < num])
+
+
 def sampler(problem: SearchProblem, config: GuideSettings) -> tuple[Sampler[Guided], BandSampler]:
     """The guided sampler, and the bands that its distributions started from."""
     bands = BandSampler(problem)
@@ -91,7 +128,7 @@ class _Guide:
         self.favourites_KNS = favourites(problem)
         self.drifts = problem.evaluator.trains and not problem.is_frozen
         self._model: tuple[FloatArray, Surrogate] | None = None
-        self._drawn: tuple[FloatArray, dict[int, IntArray]] | None = None
+        self._drawn: tuple[FloatArray, IntArray] | None = None
 
     def init(self) -> Guided:
         num_choices, weight = max(self.sizes), self.config.start
@@ -114,10 +151,10 @@ class _Guide:
     def ask(self, state: Guided, rng: Generator) -> IntArray:
         num = self.config.samples_per_tier
         if self._too_few(state):
-            chosen_KNS = [self._first(state, k, num, rng) for k in range(len(self.problem.tiers))]
+            chosen_KNS = self._first(state, num, rng)
         else:
             chosen_KNS = self._promising(state, rng)
-        return np.stack(chosen_KNS, axis=1).reshape(-1, len(self.sizes))
+        return chosen_KNS.swapaxes(0, 1).reshape(-1, len(self.sizes))
 
     def tell(
         self, state: Guided, choices_NS: IntArray, losses_N: FloatArray, usage_NK: FloatArray, rng: Generator
@@ -126,12 +163,9 @@ class _Guide:
         if self._too_few(state):
             return state
         state = self._with_kernel(state)
-        gradient_KSC = np.stack(
-            [self._gradient(state, k, self._virtual(state, k, rng)) for k in range(len(self.problem.tiers))]
-        )
         moved = categorical.adaptive_step(
             Adaptive(state.theta_KSC, state.slowdown_K, state.gamma_K, state.path_KSC),
-            gradient_KSC,
+            self._gradient(state, self._virtual(state, rng)),
             self.sizes,
             self.config.delta0,
             self.config.alpha,
@@ -185,59 +219,78 @@ class _Guide:
             self._model = (state.losses_E, surrogate.fit(*self._seen(state), kernel=kernel))
         return self._model[1]
 
-    def _gradient(self, state: Guided, k: int, drawn_NS: IntArray) -> FloatArray:
-        """Natural gradient of tier k by the predicted losses of its samples, shape (S, C)."""
-        loss_N = surrogate.predict(self._surrogate(state), self.problem.canonical(drawn_NS))
-        utility_N = categorical.quantile_utility(loss_N, np.ones(len(loss_N)), self.config.quantile)
-        theta_1SC = state.theta_KSC[k : k + 1]
-        return np.asarray(categorical.natural_gradient(theta_1SC, drawn_NS, utility_N[None])[0])
+    def _gradient(self, state: Guided, drawn_KNS: IntArray) -> FloatArray:
+        """Every tier's natural gradient by the predicted losses of its samples, shape (K, S, C)."""
+        num_tiers, num, _ = drawn_KNS.shape
+        rows_NS = self.problem.canonical(drawn_KNS.reshape(num_tiers * num, -1))
+        loss_KN = surrogate.predict(self._surrogate(state), rows_NS).reshape(num_tiers, num)
+        gradient_KSC = np.empty_like(state.theta_KSC)
+        for k, (drawn_NS, loss_N) in enumerate(zip(drawn_KNS, loss_KN, strict=True)):
+            utility_N = categorical.quantile_utility(loss_N, np.ones(num), self.config.quantile)
+            theta_1SC = state.theta_KSC[k : k + 1]
+            gradient_KSC[k] = categorical.natural_gradient(theta_1SC, drawn_NS, utility_N[None])[0]
+        return gradient_KSC
 
-    def _first(self, state: Guided, k: int, num: int, rng: Generator) -> IntArray:
-        """What an earlier search liked best in tier k, before anything is known; else samples of p_k."""
-        liked_NS = self.favourites_KNS[k][: 0 if state.told else num]
-        if not len(liked_NS):
-            return self._within_budget(state, k, num, rng)
-        return np.resize(liked_NS, (num, len(self.sizes)))
+    def _first(self, state: Guided, num: int, rng: Generator) -> IntArray:
+        """What an earlier search liked best in every tier, before anything is known; else samples of p_k."""
+        drawn_KNS = self._within_budget(state, num, rng)
+        if not state.told:
+            for drawn_NS, liked_NS in zip(drawn_KNS, self.favourites_KNS, strict=True):
+                if len(liked_NS):
+                    drawn_NS[:] = np.resize(liked_NS[:num], drawn_NS.shape)
+        return drawn_KNS
 
-    def _virtual(self, state: Guided, k: int, rng: Generator) -> IntArray:
-        """Tier k's samples that cost no evaluation, the same for all that see the same distributions."""
+    def _virtual(self, state: Guided, rng: Generator) -> IntArray:
+        """Samples that cost no evaluation, shape (K, N, S), the same for all that see the same
+        distributions."""
         if self._drawn is None or self._drawn[0] is not state.theta_KSC:
-            self._drawn = (state.theta_KSC, {})
-        if k not in self._drawn[1]:
-            self._drawn[1][k] = self._within_budget(state, k, self.config.virtual_samples, rng)
-        return self._drawn[1][k]
+            drawn_KNS = self._within_budget(state, self.config.virtual_samples, rng)
+            self._drawn = (state.theta_KSC, drawn_KNS)
+        return self._drawn[1]
 
-    def _within_budget(self, state: Guided, k: int, num: int, rng: Generator, rounds: int = 4) -> IntArray:
-        """`num` samples of p_k that take `low` to 1 of the budget, by rejection; the band's own fill up
-        where p_k has hardly any, and draw it back."""
-        kept = [np.zeros((0, len(self.sizes)), dtype=np.int64)]
+    def _within_budget(self, state: Guided, num: int, rng: Generator, rounds: int = 4) -> IntArray:
+        """`num` samples of every p_k that take `low` to 1 of its budget, by rejection, shape (K, num, S); the
+        band's own fill up where p_k has hardly any, and draw it back."""
+        num_tiers, num_slots = len(self.problem.tiers), len(self.sizes)
+        found_KNS = np.empty((num_tiers, num, num_slots), dtype=np.int64)
+        count_K = np.zeros(num_tiers, dtype=np.int64)
         for _ in range(rounds):
-            drawn_NS = categorical.sample(state.theta_KSC[k : k + 1], 2 * num, rng)[0]
-            usage_N = self.problem.usage_of(drawn_NS)[:, k]
-            kept.append(drawn_NS[(usage_N >= self.config.low) & (usage_N <= 1.0)])
-            if sum(map(len, kept)) >= num:
+            short = np.flatnonzero(count_K < num)
+            if not len(short):
                 break
-        found_NS = np.concatenate(kept)[:num]
-        missing = num - len(found_NS)
-        return np.concatenate([found_NS, self.bands.draw_of([k] * missing, rng)]) if missing else found_NS
+            drawn_TNS = categorical.sample(state.theta_KSC[short], 2 * num, rng)
+            fits_TN = self._fits(drawn_TNS.reshape(-1, num_slots), np.repeat(short, 2 * num))
+            for k, drawn_NS, fits_N in zip(
+                short.tolist(), drawn_TNS, fits_TN.reshape(len(short), -1), strict=True
+            ):
+                kept_NS = drawn_NS[fits_N][: num - count_K[k]]
+                found_KNS[k, count_K[k] : count_K[k] + len(kept_NS)] = kept_NS
+                count_K[k] += len(kept_NS)
+        for k in np.flatnonzero(count_K < num).tolist():
+            found_KNS[k, count_K[k] :] = self.bands.draw_of([k] * (num - int(count_K[k])), rng)
+        return found_KNS
 
-    def _promising(self, state: Guided, rng: Generator) -> list[IntArray]:
-        """Per tier: the most promising architectures. None twice, while there are others, unless answers
-        drift or one is to be confirmed: where they are noisy, a neighbour says as much of the known one as
-        asking it again, and more of others."""
-        taken = set() if self.drifts else set(map(tuple, state.choices_ES.tolist()))
-        num, model = self.config.samples_per_tier, self._surrogate(state)
-        known = self._known(state, model)
-        chosen_KNS = []
-        for k in range(len(self.problem.tiers)):
-            pool_NS = self.problem.canonical(self._virtual(state, k, rng))
-            pool_NS, mean_N = self._bred(k, pool_NS, known, model, rng)
-            new_N = np.array([row not in taken for row in map(tuple, pool_NS.tolist())])
-            order_N = np.lexsort((mean_N, ~new_N))[: max(SHORTLIST, num)]
-            mean_N, deviation_N = surrogate.predict_with_deviation(model, pool_NS[order_N])
-            order_N = order_N[np.lexsort((mean_N - self.config.optimism * deviation_N, ~new_N[order_N]))]
-            chosen_KNS.append(np.resize(pool_NS[order_N[:num]], (num, len(self.sizes))))
-            taken |= set(map(tuple, chosen_KNS[-1].tolist()))
+    def _fits(self, choices_NS: IntArray, tier_N: IntArray) -> BoolArray:
+        """Which rows take `low` to 1 of their tier's budget."""
+        usage_N = self.problem.usage_of(choices_NS)[np.arange(len(tier_N)), tier_N]
+        return np.asarray((usage_N >= self.config.low) & (usage_N <= 1.0))
+
+    def _promising(self, state: Guided, rng: Generator) -> IntArray:
+        """The most promising architectures of every tier, shape (K, N, S). None twice, while there are
+        others, unless answers drift or one is to be confirmed: where they are noisy, a neighbour says as much
+        of the known one as asking it again, and more of others."""
+        model, num = self._surrogate(state), self.config.samples_per_tier
+        pool = self._bred(self._pool(state, model, rng), model, rng)
+        pool = pool.take(pool.leaders(max(SHORTLIST, num), last_N=pool.known_N))
+        mean_N, deviation_N = surrogate.predict_with_deviation(model, pool.choices_NS)
+        pool = pool._replace(loss_N=mean_N - self.config.optimism * deviation_N)
+        chosen_KNS = np.empty((len(self.problem.tiers), num, len(self.sizes)), dtype=np.int64)
+        taken: set[tuple[int, ...]] = set()
+        for k, chosen_NS in enumerate(chosen_KNS):
+            rows_NS, loss_N, known_N = (part[pool.tier_N == k] for part in pool[1:])
+            taken_N = known_N | np.array([tuple(row) in taken for row in rows_NS.tolist()], dtype=bool)
+            chosen_NS[:] = np.resize(rows_NS[np.lexsort((loss_N, taken_N))[:num]], chosen_NS.shape)
+            taken |= set(map(tuple, chosen_NS.tolist()))
         return self._with_the_best_so_far(state, chosen_KNS) if self._confirms(state) else chosen_KNS
 
     def _confirms(self, state: Guided) -> bool:
@@ -245,7 +298,7 @@ class _Guide:
         is_noise = evaluator.noisy and not evaluator.trains
         return is_noise and config.samples_per_tier > 1 and int(state.told) >= config.confirm_after
 
-    def _with_the_best_so_far(self, state: Guided, chosen_KNS: list[IntArray]) -> list[IntArray]:
+    def _with_the_best_so_far(self, state: Guided, chosen_KNS: IntArray) -> IntArray:
         """What has the least mean answer within a tier's budget takes its last place, once for all tiers."""
         rows_NS, index_E = np.unique(state.choices_ES, axis=0, return_inverse=True)
         index_E = index_E.reshape(-1)
@@ -259,43 +312,32 @@ class _Guide:
                 confirmed.add(best)
         return chosen_KNS
 
-    def _known(self, state: Guided, model: Surrogate) -> tuple[IntArray, FloatArray, FloatArray]:
-        """Architectures evaluated, their predicted losses (N,), and usage (N, K)."""
-        rows_NS = state.choices_ES[evolution.first_of_each(state.choices_ES)]
-        return rows_NS, surrogate.predict(model, rows_NS), self.problem.usage_of(rows_NS)
-
-    def _bred(
-        self,
-        k: int,
-        pool_NS: IntArray,
-        known: tuple[IntArray, FloatArray, FloatArray],
-        model: Surrogate,
-        rng: Generator,
-    ) -> tuple[IntArray, FloatArray]:
-        """The pool, the known that keep tier k's budget, and generations of offspring that do, without
-        doubles, and their predicted losses."""
-        rows_NS, mean_N, usage_NK = known
-        fits_N = usage_NK[:, k] <= 1
-        pool_NS, pool_mean_N = _distinct(
-            np.concatenate([rows_NS[fits_N], pool_NS]),
-            np.concatenate([mean_N[fits_N], surrogate.predict(model, pool_NS)]),
+    def _pool(self, state: Guided, model: Surrogate, rng: Generator) -> Pool:
+        """Per tier what is known within its budget, and its samples."""
+        drawn_KNS = self._virtual(state, rng)
+        num_tiers, num, _ = drawn_KNS.shape
+        drawn_NS = self.problem.canonical(drawn_KNS.reshape(num_tiers * num, -1))
+        seen_NS = state.choices_ES[evolution.first_of_each(state.choices_ES)]
+        tier_N, seen_N = np.nonzero(self.problem.usage_of(seen_NS).T <= 1)
+        seen = Pool(
+            tier_N,
+            seen_NS[seen_N],
+            surrogate.predict(model, seen_NS)[seen_N],
+            np.full(len(seen_N), not self.drifts),
         )
+        return seen.joined(np.repeat(np.arange(num_tiers), num), drawn_NS, surrogate.predict(model, drawn_NS))
+
+    def _bred(self, pool: Pool, model: Surrogate, rng: Generator) -> Pool:
+        """The pool with generations of its best ones' offspring that keep their tier's budget."""
         for _ in range(self.config.generations):
-            parents_PS = pool_NS[np.argsort(pool_mean_N, kind="stable")[:PARENTS]]
-            litter_NS = np.repeat(parents_PS, self.config.virtual_samples // PARENTS, axis=0)
-            mates_NS = parents_PS[rng.integers(len(parents_PS), size=len(litter_NS))]
-            children_NS = self.problem.canonical(
-                evolution.mutate(evolution.cross(litter_NS, mates_NS, rng), self.sizes, MUTATION, rng)
-            )
-            usage_N = self.problem.usage_of(children_NS)[:, k]
-            children_NS = children_NS[(usage_N >= self.config.low) & (usage_N <= 1)]
-            pool_NS, pool_mean_N = _distinct(
-                np.concatenate([pool_NS, children_NS]),
-                np.concatenate([pool_mean_N, surrogate.predict(model, children_NS)]),
-            )
-        return pool_NS, pool_mean_N
-
-
-def _distinct(rows_NS: IntArray, values_N: FloatArray) -> tuple[IntArray, FloatArray]:
-    first_N = evolution.first_of_each(rows_NS)
-    return rows_NS[first_N], values_N[first_N]
+            parents = pool.take(pool.leaders(PARENTS))
+            first_N, num_N = parents.span()
+            litter = np.repeat(np.arange(len(num_N)), self.config.virtual_samples // PARENTS)
+            mates_N = first_N[litter] + rng.integers(num_N[litter])
+            crossed_NS = evolution.cross(parents.choices_NS[litter], parents.choices_NS[mates_N], rng)
+            mutant_NS = evolution.mutate(crossed_NS, self.sizes, MUTATION, rng)
+            children_NS, tier_N = self.problem.canonical(mutant_NS), parents.tier_N[litter]
+            fits_N = self._fits(children_NS, tier_N)
+            children_NS, tier_N = children_NS[fits_N], tier_N[fits_N]
+            pool = pool.joined(tier_N, children_NS, surrogate.predict(model, children_NS))
+        return pool

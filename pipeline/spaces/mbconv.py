@@ -29,7 +29,7 @@ from pipeline.errors import ConfigError
 from pipeline.settings import Settings
 from pipeline.spaces.base import network_of_parts
 from pipeline.spaces.trace import Step, Trace, Value, deployed
-from pipeline.types import Arch, Json, Layer, Slot
+from pipeline.types import Arch, IntArray, Json, Layer, Slot
 
 if TYPE_CHECKING:
     from torch import nn
@@ -176,7 +176,8 @@ class Place(NamedTuple):
 
 
 class MBConvSpace:
-    """The space for one input. Implements `pipeline.spaces.base.SearchSpace` and `Parted`."""
+    """The space for one input. Implements `pipeline.spaces.base.SearchSpace` and `Parted`, and
+    `pipeline.types.RowSpace`."""
 
     name = NAME
 
@@ -277,14 +278,31 @@ class MBConvSpace:
         ]
         return self._arch(alive, head)
 
+    def canonical_rows(self, choices_NS: IntArray) -> IntArray:
+        if choices_NS.ndim != 2 or choices_NS.shape[1] != len(self._sizes):
+            raise self._not_of_this_space(f"of shape {choices_NS.shape}")
+        wrong_N = ((choices_NS < 0) | (choices_NS >= self._sizes)).any(axis=1)
+        if wrong_N.any():
+            raise self._not_of_this_space(f"{self.name}{choices_NS[wrong_N][0].tolist()}")
+        if not self.settings.blockwise:
+            return choices_NS
+        alive_NS, first = choices_NS.copy(), 0
+        for depth in self.depths:
+            alive_NS[:, first : first + depth] *= np.arange(depth) <= choices_NS[:, first + depth, None]
+            first += depth + 2
+        return alive_NS
+
     def _check(self, arch: Arch) -> None:
         sizes, choices = self._sizes, arch.choices
         fits = len(choices) == len(sizes) and all(map(lt, choices, sizes)) and min(choices) >= 0
         if arch.space != self.name or not fits:
-            raise ConfigError(
-                f"architecture {arch.space}{list(arch.choices)} is not of space {self.name} with choices "
-                f"{list(sizes)}; was it made with other space settings?"
-            )
+            raise self._not_of_this_space(f"{arch.space}{list(arch.choices)}")
+
+    def _not_of_this_space(self, what: str) -> ConfigError:
+        return ConfigError(
+            f"architecture {what} is not of space {self.name} with choices {list(self._sizes)}; "
+            "was it made with other space settings?"
+        )
 
     def _uniform_member(self, operation: int, depth: float, width: float, head: float) -> Arch:
         """Depth, width and head as shares of their ranges: 0 is the smallest choice, 1 the largest."""

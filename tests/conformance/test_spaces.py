@@ -15,7 +15,7 @@ from pipeline.costs.table import SpaceCosts
 from pipeline.errors import ConfigError
 from pipeline.spaces import SPACES, space_entry
 from pipeline.spaces.base import Parted, SearchSpace, Supernet, network_of_parts
-from pipeline.types import Arch
+from pipeline.types import Arch, RowSpace
 
 IMAGE_SHAPE, NUM_CLASSES = (3, 16, 16), 5
 PLAIN = f"file:{Path(__file__).parents[1] / 'spaces' / 'plain_space.py'}"
@@ -79,11 +79,25 @@ def test_canonical_is_a_projection_that_keeps_the_network(space: SearchSpace) ->
         assert space.describe(raw) == space.describe(arch)
 
 
+def test_many_at_once_become_what_each_becomes(space: SearchSpace) -> None:
+    rng = np.random.default_rng(5)
+    rows = np.stack([rng.integers(len(slot.choices), size=200) for slot in space.slots], axis=1)
+    archs = [space.canonical(Arch(space.name, tuple(row))) for row in rows.tolist()]
+    costs = SpaceCosts(space, None)
+    if isinstance(space, RowSpace):
+        np.testing.assert_array_equal(space.canonical_rows(rows), [arch.choices for arch in archs])
+    canonical = np.array([arch.choices for arch in archs])
+    np.testing.assert_array_equal(costs.of_rows(canonical), costs.of(archs))
+
+
 def test_strangers_are_refused(space: SearchSpace) -> None:
     good = space.smallest.choices
     for choices in [good[:-1], (*good, 0), (-1, *good[1:]), (len(space.slots[0].choices), *good[1:])]:
         with pytest.raises(ConfigError, match=f"is not of space {space.name}"):
             space.canonical(Arch(space.name, choices))
+        if isinstance(space, RowSpace):
+            with pytest.raises(ConfigError, match=f"is not of space {space.name}"):
+                space.canonical_rows(np.array([choices]))
     with pytest.raises(ConfigError, match=f"is not of space {space.name}"):
         space.canonical(Arch("another", good))
 

@@ -14,8 +14,9 @@ from pipeline.progress import NoCheckpoint, Silent
 from pipeline.search import METHODS, base
 from pipeline.search.base import BandSampler, SearchProblem
 from pipeline.search.random import Random
+from pipeline.spaces.mbconv import MBConvSettings, MBConvSpace
 from pipeline.spaces.nb201 import NB201Settings, NB201Space
-from pipeline.types import Arch, FitInfo, FloatArray, Limit, SearchResult, Slot, Tier
+from pipeline.types import Arch, CostTable, FitInfo, FloatArray, Limit, SearchResult, Slot, Tier
 
 SIZES = (3, 3, 3, 3)
 ROWS = np.indices(SIZES).reshape(4, -1).T
@@ -172,6 +173,28 @@ def test_the_walk_finds_bands_that_the_pool_misses() -> None:
     usage = asked.usage(asked.archs(members))
     assert len(members) >= 32 and usage.max() <= 1 and usage.min() >= 0.8
     assert asked.reference_costs(asked.archs(members)).max() < 1
+
+
+@pytest.mark.parametrize("memory_batch", [None, 1])
+def test_usage_is_the_same_by_rows_and_by_architectures(memory_batch: int | None) -> None:
+    space = MBConvSpace((3, 16, 16), 5, MBConvSettings(blockwise=True))
+    costs = SpaceCosts(space, None, memory_batch)
+
+    class OneByOne:
+        metrics, additive = costs.metrics, None
+
+        def of(self, archs: Sequence[Arch]) -> FloatArray:
+            return costs.of(archs)
+
+    rng = np.random.default_rng(0)
+    rows = np.stack([rng.integers(len(slot.choices), size=20) for slot in space.slots], axis=1)
+    limits = {"flops": 2e6, "params": 5e4} | ({} if memory_batch is None else {costs.metrics[-1]: 1e5})
+    tiers = (tier("s", flops=1e6), tier("l", **limits))
+    tables: list[CostTable] = [costs, OneByOne()]
+    evaluator = TabularEvaluator(ROWS, MS)
+    quick, slow = (SearchProblem(space, {"cpu": table}, tiers, evaluator, 1) for table in tables)
+    np.testing.assert_array_equal(quick.usage_of(rows), slow.usage_of(rows))
+    np.testing.assert_array_equal(quick.canonical(rows), slow.canonical(rows))
 
 
 def test_warm_up_comes_first_and_each_iteration_trains_then_evaluates_on_one_step() -> None:

@@ -212,6 +212,15 @@ def test_operations_beyond_the_depth_do_not_count() -> None:
     assert space.canonical(other) == space.smallest
 
 
+def test_rows_become_canonical_together(space: MBConvSpace) -> None:
+    rng = np.random.default_rng(0)
+    rows = np.stack([rng.integers(len(slot.choices), size=300) for slot in space.slots], axis=1)
+    wanted = [space.canonical(Arch("mbconv", tuple(row))).choices for row in rows.tolist()]
+    np.testing.assert_array_equal(space.canonical_rows(rows), wanted)
+    with pytest.raises(ConfigError, match="of shape"):
+        space.canonical_rows(rows[0])
+
+
 def test_known_counts_of_the_smallest_network() -> None:
     """Worked out by hand: 1×8×8 input, stem 16, stages 16-32-64 of one k3e1 block, head 64, 10 classes."""
     space = MBConvSpace((1, 8, 8), 10, MBConvSettings(size="small"))
