@@ -72,7 +72,8 @@ class RowSpace(Protocol):
     """A `ChoiceSpace` that brings many architectures at once into canonical form."""
 
     def canonical_rows(self, choices_NS: IntArray) -> IntArray:
-        """`canonical` of every row of choices, shape (N, S). Raises ConfigError as it does."""
+        """`canonical` of every row of choices, shape (N, S), perhaps the rows as they are: not to be changed.
+        Raises ConfigError as `canonical` does."""
         ...
 
 
@@ -171,6 +172,11 @@ class CostTable(Protocol):
 @runtime_checkable
 class RowCosts(Protocol):
     """A `CostTable` that is asked for many architectures at once."""
+
+    @property
+    def quick_by_rows(self) -> bool:
+        """Whether `of_rows` is quicker than to remember what every row costs."""
+        ...
 
     def of_rows(self, choices_NS: IntArray) -> FloatArray:
         """`of` the architectures of canonical rows of choices, shape (N, M)."""

@@ -174,8 +174,8 @@ class _Parts:
 
 class SpaceCosts:
     """Costs of a space's networks, worked out operator by operator and remembered: part by part where the
-    space has parts (`Parted`), else, and memory always, network by network. A `CostTable`
-    and `RowCosts`.
+    space has parts (`Parted`), else, and memory always, network by network. A
+    `CostTable` that takes rows (`RowCosts`).
 
     `latency` is None where the profile has no device: then only what can be counted is known. Memory is
     worked out for batches of `memory_batch` images, and only where that is given."""
@@ -214,8 +214,12 @@ class SpaceCosts:
             return costs_NM
         return np.column_stack([costs_NM, [self._memory_of(arch, self.memory_batch) for arch in archs]])
 
+    @property
+    def quick_by_rows(self) -> bool:
+        return self._parts is not None and self.memory_batch is None
+
     def of_rows(self, choices_NS: IntArray) -> FloatArray:
-        """`of` canonical rows of choices: quick where the space has parts and memory does not count."""
+        """`of` the architectures of canonical rows of choices, shape (N, M)."""
         if self._parts is None or self.memory_batch is not None:
             return self.of([Arch(self.space.name, tuple(row)) for row in choices_NS.tolist()])
         return np.asarray(self._constant + self._parts.of(choices_NS))

@@ -159,9 +159,11 @@ class SearchProblem:
 
     @cached_property
     def _row_tables(self) -> dict[str, RowCosts] | None:
-        """The same, where all of them take rows."""
+        """The same, where all of them are quick by rows."""
         rows: dict[str, RowCosts] = {
-            device: table for device, table in self._tables.items() if isinstance(table, RowCosts)
+            device: table
+            for device, table in self._tables.items()
+            if isinstance(table, RowCosts) and table.quick_by_rows
         }
         return rows if len(rows) == len(self._tables) else None
 

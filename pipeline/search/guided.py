@@ -279,12 +279,13 @@ class _Guide:
         """The most promising architectures of every tier, shape (K, N, S). None twice, while there are
         others, unless answers drift or one is to be confirmed: where they are noisy, a neighbour says as much
         of the known one as asking it again, and more of others."""
-        model, num = self._surrogate(state), self.config.samples_per_tier
+        model, num, num_tiers = self._surrogate(state), self.config.samples_per_tier, len(self.problem.tiers)
         pool = self._bred(self._pool(state, model, rng), model, rng)
-        pool = pool.take(pool.leaders(max(SHORTLIST, num), last_N=pool.known_N))
+        enough = max(SHORTLIST, num * num_tiers)  # where the other tiers choose first, some are left
+        pool = pool.take(pool.leaders(enough, last_N=pool.known_N))
         mean_N, deviation_N = surrogate.predict_with_deviation(model, pool.choices_NS)
         pool = pool._replace(loss_N=mean_N - self.config.optimism * deviation_N)
-        chosen_KNS = np.empty((len(self.problem.tiers), num, len(self.sizes)), dtype=np.int64)
+        chosen_KNS = np.empty((num_tiers, num, len(self.sizes)), dtype=np.int64)
         taken: set[tuple[int, ...]] = set()
         for k, chosen_NS in enumerate(chosen_KNS):
             rows_NS, loss_N, known_N = (part[pool.tier_N == k] for part in pool[1:])

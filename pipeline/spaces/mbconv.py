@@ -280,7 +280,7 @@ class MBConvSpace:
 
     def canonical_rows(self, choices_NS: IntArray) -> IntArray:
         if choices_NS.ndim != 2 or choices_NS.shape[1] != len(self._sizes):
-            raise self._not_of_this_space(f"of shape {choices_NS.shape}")
+            raise self._not_of_this_space(f"rows of shape {choices_NS.shape}")
         wrong_N = ((choices_NS < 0) | (choices_NS >= self._sizes)).any(axis=1)
         if wrong_N.any():
             raise self._not_of_this_space(f"{self.name}{choices_NS[wrong_N][0].tolist()}")

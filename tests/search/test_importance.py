@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from pipeline.algorithms import categorical
 from pipeline.errors import ConfigError
 from pipeline.evaluators.tabular import TableSpace, TabularCosts, TabularEvaluator, load_benchmark
 from pipeline.progress import NoCheckpoint, Silent
-from pipeline.search import METHODS
+from pipeline.search import METHODS, guided
 from pipeline.search.asng import own_only
 from pipeline.search.base import SearchProblem
 from pipeline.search.importance import Importance, StepSettings, mixture_of, weighted_sampler
@@ -172,6 +173,20 @@ def test_what_answered_best_is_asked_again_where_answers_are_noisy(noise: float)
     rounds_after = (150 - 60) / num
     again = asked_again(150) - asked_again(60)
     assert again >= rounds_after if noise else again == 0
+
+
+def test_no_tier_asks_for_what_another_has_just_asked_for() -> None:
+    """Two tiers of one budget: what is best for one is best for the other."""
+    two = toy(2, 0, 600)
+    problem = replace(two, tiers=(two.tiers[1], replace(two.tiers[1], name="twin")))
+    config = parse_settings(Importance, {"surrogate": {"samples_per_tier": 24}}, "test")
+    sampler, _ = guided.sampler(problem, config.surrogate)
+    rng, state = np.random.default_rng(0), sampler.init()
+    for iteration in range(3):
+        rows = sampler.ask(state, rng)
+        assert len(rows) == 48 and (iteration == 0 or len(set(map(tuple, rows.tolist()))) == 48)
+        losses = problem.evaluator.losses(problem.archs(rows), step=iteration)[:, 0]
+        state = sampler.tell(state, rows, losses, problem.usage_of(rows), rng)
 
 
 @pytest.mark.skipif(not NB201.exists(), reason="the NAS-Bench-201 table is not at ../shared/data")
