@@ -31,6 +31,7 @@ from pipeline.errors import (
     ConfigError,
     DataError,
     DivergedTraining,
+    MeasurementError,
     ProfileError,
     StorageError,
     WorkerLost,
@@ -214,7 +215,14 @@ class TestOnACluster:
         here = device("here", 1)
         progress = Watched()
         found = connection(nodes, progress)
-        [record] = found.stopwatch(here)([model], model, here.runtime(), rounds=1, seed=0, max_spread=1e9)
+        time_files = found.stopwatch(here)
+        for attempts_left in reversed(range(8)):
+            try:
+                [record] = time_files([model], model, here.runtime(), rounds=1, seed=0, max_spread=1e9)
+                break
+            except MeasurementError:  # few rounds, of which a disturbed machine may leave none
+                if not attempts_left:
+                    raise
         assert record.latency_ms > 0 and progress.total == 2
         assert found.environment(here) == timing_environment()
         assert found.needs_device(here)["device:here"] == 1, "all of it: one at a time"

@@ -355,11 +355,11 @@ def test_ranks_search_as_one_process_does(size: int, searched: Json, tmp_path: P
 
 
 def test_a_search_that_lost_a_rank_goes_on_with_another_number(searched: Json, tmp_path: Path) -> None:
-    first, second, third = on_ranks(search_together, 3, str(tmp_path), 9)
+    first, second, third = on_ranks(search_together, 3, str(tmp_path), 7)
     assert (first.error, second, third.error) == ("RankLost", KILLED, "RankLost")
     answers = values(on_ranks(search_together, 2, str(tmp_path)))
     for answer in answers:
-        assert 7 <= answer["trace"][0]["iteration"] <= 10, "from the checkpoint, not from the start"
+        assert 5 <= answer["trace"][0]["iteration"] <= 8, "from the checkpoint, not from the start"
         same_search(answer, searched)
 
 
