@@ -129,7 +129,7 @@ def _main(
         place = place_in(os.environ)
         if place.size > 1 and context.invoked_subcommand not in ON_RANKS:
             if place.rank > 0:
-                raise typer.Exit(2)  # one message is enough
+                raise typer.Exit  # rank 0 says it; torchrun would stop it at another's error
             raise ConfigError(
                 f"{context.invoked_subcommand} is done by one process, and torchrun started {place.size}: "
                 f"start it without torchrun; {' and '.join(ON_RANKS)} take several"
