@@ -149,16 +149,17 @@ def select(
             smooth = Kernel(length * len(slots), 0.0, trade)
             smooth_NN = _kernel(own_NF, traded_NF, own_NF, traded_NF, len(slots), smooth) + offsets_NN
             for noise in NOISES:
-                covariance_NN = smooth_NN.T.copy(order="F")
+                covariance_NN = smooth_NN.T.copy(order="F")  # symmetric; LAPACK wants columns
                 covariance_NN[np.diag_indices(len(scaled_N))] += noise
                 likelihood[smooth._replace(noise=noise)] = _log_likelihood(covariance_NN, scaled_N)
     return max(likelihood, key=lambda kernel: likelihood[kernel])
 
 
 def _log_likelihood(covariance_NN: FloatArray, values_N: FloatArray) -> float:
+    """Up to a constant; the covariance is overwritten."""
     from scipy.linalg import lapack
 
-    factor_NN, failed = lapack.dpotrf(covariance_NN, lower=1, clean=0)
+    factor_NN, failed = lapack.dpotrf(covariance_NN, lower=1, clean=0, overwrite_a=1)
     assert not failed
     white_N, _ = lapack.dtrtrs(factor_NN, values_N, lower=1)
     fit_term = 0.5 * len(values_N) * np.log(max(float(white_N @ white_N), 1e-300) / len(values_N))

@@ -174,8 +174,8 @@ class _Parts:
 
 class SpaceCosts:
     """Costs of a space's networks, worked out operator by operator and remembered: part by part where the
-    space has parts (`Parted`), else, and memory always, network by network. A
-    `CostTable` that takes rows (`RowCosts`).
+    space has parts (`Parted`), else, and memory always, network by network.
+    A `CostTable` that takes rows (`RowCosts`).
 
     `latency` is None where the profile has no device: then only what can be counted is known. Memory is
     worked out for batches of `memory_batch` images, and only where that is given."""
