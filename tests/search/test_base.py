@@ -175,6 +175,17 @@ def test_the_walk_finds_bands_that_the_pool_misses() -> None:
     assert asked.reference_costs(asked.archs(members)).max() < 1
 
 
+def test_a_band_holds_no_network_twice() -> None:
+    space = MBConvSpace((3, 16, 16), 5, MBConvSettings(blockwise=True, operations=("k3e1", "k5e3")))
+    costs = SpaceCosts(space, None)
+    budget = float(costs.of([space.largest])[0, costs.metrics.index("flops")]) / 8
+    evaluator = TabularEvaluator(ROWS, MS)
+    asked = SearchProblem(space, {"cpu": costs}, (tier("t", flops=budget),), evaluator, 1)
+    members = BandSampler(asked, low=0.1, pool_size=2000).members_KNS[0]
+    assert len(members) > 32 and len(np.unique(members, axis=0)) == len(members)
+    np.testing.assert_array_equal(asked.canonical(members), members)
+
+
 @pytest.mark.parametrize("memory_batch", [None, 1])
 def test_usage_is_the_same_by_rows_and_by_architectures(memory_batch: int | None) -> None:
     space = MBConvSpace((3, 16, 16), 5, MBConvSettings(blockwise=True))
