@@ -47,10 +47,10 @@ from pipeline.errors import ConfigError
 from pipeline.evaluators.relaxed import RelaxedSettings, RelaxedSupernet
 from pipeline.run import TraceFile
 from pipeline.search import METHODS
-from pipeline.search.base import SearchProblem
 from pipeline.search.darts import Darts
 from pipeline.search.darts_prime import DartsPrime
 from pipeline.search.gradient import PUBLISHED_RATE, GradientSettings
+from pipeline.search.problem import SearchProblem
 from pipeline.settings import pick
 from pipeline.spaces.nb201 import NB201Settings, NB201Space
 from pipeline.types import Arrays, FloatArray, Json, Limit, Progress, Tier

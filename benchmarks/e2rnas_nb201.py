@@ -54,11 +54,11 @@ from pipeline.evaluators.adversarial import AdversarialSettings, make_adversaria
 from pipeline.evaluators.relaxed import RelaxedSettings, RelaxedSupernet
 from pipeline.run import TraceFile
 from pipeline.search import METHODS
-from pipeline.search.base import SearchProblem
 from pipeline.search.darts import Darts
 from pipeline.search.darts_prime import DartsPrime
 from pipeline.search.e2rnas import E2rnas
 from pipeline.search.nearest import Nearest
+from pipeline.search.problem import SearchProblem
 from pipeline.settings import pick
 from pipeline.spaces.nb201 import NAME, NB201Settings, NB201Space, live_edges
 from pipeline.types import Arch, Arrays, FloatArray, Json, Limit, Progress, Tier

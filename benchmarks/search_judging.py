@@ -31,7 +31,7 @@ from scipy import stats
 from benchmarks.record import Target, markdown_table
 from benchmarks.search_methods import ASNG, OURS
 from pipeline.algorithms import pareto, surrogate
-from pipeline.search.base import SearchProblem
+from pipeline.search.problem import SearchProblem
 from pipeline.types import Arch, Arrays, ChoiceSpace, CostTable, Evaluator, FloatArray, IntArray, Json, Tier
 
 COUNTS = (50, 100, 150, 200, 300, 400, 600, 800)

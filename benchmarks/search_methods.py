@@ -25,8 +25,8 @@ import numpy as np
 from pipeline.algorithms import evolution
 from pipeline.progress import NoCheckpoint, Silent
 from pipeline.search import METHODS
-from pipeline.search.base import SearchProblem
 from pipeline.search.importance import Importance
+from pipeline.search.problem import SearchProblem
 from pipeline.settings import Settings
 from pipeline.types import Arch, Arrays, Evaluator, FitInfo, FloatArray, IntArray, Json
 

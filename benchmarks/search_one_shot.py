@@ -55,7 +55,7 @@ from pipeline.errors import ConfigError
 from pipeline.progress import NoCheckpoint
 from pipeline.run import Run, prepare_compute
 from pipeline.search import METHODS
-from pipeline.search.base import SearchProblem
+from pipeline.search.problem import SearchProblem
 from pipeline.stages.networks import fresh_evaluator
 from pipeline.stages.profile import profile_stage
 from pipeline.types import Arch, Arrays, Candidate, Evaluator, FitInfo, FloatArray, Json, Progress, Tier

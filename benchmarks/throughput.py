@@ -43,7 +43,7 @@ from pipeline.data.base import ImageTask
 from pipeline.evaluators.one_shot import OneShotEvaluator, OneShotSettings
 from pipeline.progress import NoCheckpoint, Silent
 from pipeline.search import METHODS
-from pipeline.search.base import SearchProblem
+from pipeline.search.problem import SearchProblem
 from pipeline.spaces.mbconv import MBConvSpace
 from pipeline.train.retrain import seeded
 from pipeline.types import Arch, Arrays, FitInfo, FloatArray, IntArray, Json, Limit, Slot, Tier

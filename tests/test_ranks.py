@@ -38,7 +38,7 @@ from pipeline.ranks import (
     timeout_in,
 )
 from pipeline.search import METHODS
-from pipeline.search.base import SearchProblem
+from pipeline.search.problem import SearchProblem
 from pipeline.spaces.mbconv import MBConvSettings, MBConvSpace
 from pipeline.train.recipe import Recipe
 from pipeline.train.retrain import TrainRecord, retrain, seeded

@@ -16,7 +16,7 @@ from pipeline.costs.budgets import resolve_tiers
 from pipeline.costs.table import SpaceCosts
 from pipeline.progress import NoCheckpoint, Silent
 from pipeline.search import METHODS, gradient
-from pipeline.search.base import SearchProblem
+from pipeline.search.problem import SearchProblem
 from pipeline.spaces import SPACES
 from pipeline.spaces.base import RelaxedSpace, SearchSpace
 from pipeline.spaces.cell import CellSpace

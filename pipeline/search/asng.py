@@ -11,8 +11,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pipeline.search.base import SearchMethod, SearchProblem, drive
+from pipeline.search.base import SearchMethod, drive
 from pipeline.search.importance import StepSettings, weighted_sampler
+from pipeline.search.problem import SearchProblem
 from pipeline.types import Checkpoint, FloatArray, IntArray, Json, Progress, SearchResult
 
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pipeline.algorithms import relaxation
-from pipeline.search.base import RELAXED, SearchMethod, SearchProblem
+from pipeline.search.base import RELAXED, SearchMethod
 from pipeline.search.gradient import GradientSettings, NoPull, Rules, descend
+from pipeline.search.problem import SearchProblem
 from pipeline.types import Checkpoint, Json, Progress, SearchResult
 
 RULES = Rules(relaxation.SOFTMAX, pace=None, pull=NoPull())

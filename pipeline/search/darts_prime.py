@@ -20,8 +20,9 @@ from pydantic import Field
 
 from pipeline.algorithms import relaxation
 from pipeline.algorithms.relaxation import Activation, Admm, AdmmForm, Mask, Pace
-from pipeline.search.base import RELAXED, SearchMethod, SearchProblem
+from pipeline.search.base import RELAXED, SearchMethod
 from pipeline.search.gradient import GradientSettings, NoPull, Pull, Rules, Where, descend
+from pipeline.search.problem import SearchProblem
 from pipeline.types import Checkpoint, FloatArray, Json, Progress, SearchResult
 
 

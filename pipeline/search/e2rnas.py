@@ -35,9 +35,10 @@ from pydantic import Field
 from pipeline.algorithms import min_norm, relaxation
 from pipeline.algorithms.relaxation import Mask
 from pipeline.errors import ConfigError
-from pipeline.search.base import RELAXED, SearchMethod, SearchProblem
+from pipeline.search.base import RELAXED, SearchMethod
 from pipeline.search.gradient import GradientSettings, NoPull, Rules, descend
 from pipeline.search.nearest import NONE
+from pipeline.search.problem import SearchProblem
 from pipeline.spaces.base import RelaxedSpace
 from pipeline.types import Arch, Checkpoint, FloatArray, Json, Limit, Progress, SearchResult, Slot, Tier
 

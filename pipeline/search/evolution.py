@@ -15,7 +15,9 @@ from pydantic import Field
 
 from pipeline.algorithms import evolution
 from pipeline.algorithms.evolution import Population
-from pipeline.search.base import BandSampler, Sampler, SearchMethod, SearchProblem, in_bands
+from pipeline.search.bands import BandSampler
+from pipeline.search.base import Sampler, SearchMethod, in_bands
+from pipeline.search.problem import SearchProblem
 from pipeline.search.start import favourites
 from pipeline.settings import Settings
 from pipeline.types import FloatArray, IntArray, Json

@@ -36,9 +36,11 @@ from pipeline.algorithms.adam import AdamSettings, Moments
 from pipeline.algorithms.relaxation import Activation, Admm, LinearCost, Mask, Pace, Schedule
 from pipeline.artifacts import sha256_json
 from pipeline.errors import ConfigError, DivergedTraining, StaleArtifact
-from pipeline.search.base import RELAXED, BandSampler, SearchProblem
+from pipeline.search.bands import BandSampler
+from pipeline.search.base import RELAXED
 from pipeline.search.nearest import TEMPERATURES, Nearest, drawn_by, operations_of, with_second_chance
 from pipeline.search.pressure import Pressure
+from pipeline.search.problem import SearchProblem
 from pipeline.settings import Settings
 from pipeline.types import (
     Arch,
@@ -56,7 +58,7 @@ from pipeline.types import (
     Tier,
 )
 
-# First word of the seed of every random stream here; those of `search/base.py` are 0 to 3.
+# First word of the seed of every random stream here; those of `search/problem.py` are 0 to 3.
 STAGE_ALPHA, STAGE_COSTS, STAGE_CANDIDATES = range(10, 13)
 
 PUBLISHED_RATE, PUBLISHED_STEPS = 3e-4, 19_500

@@ -19,7 +19,9 @@ from pydantic import Field
 from pipeline.algorithms import categorical, evolution, surrogate
 from pipeline.algorithms.categorical import Adaptive
 from pipeline.algorithms.surrogate import Kernel, Surrogate
-from pipeline.search.base import BandSampler, Sampler, SearchProblem
+from pipeline.search.bands import BandSampler
+from pipeline.search.base import Sampler
+from pipeline.search.problem import SearchProblem
 from pipeline.search.start import favourites
 from pipeline.settings import Settings
 from pipeline.types import BoolArray, FloatArray, IntArray, Json, Slot

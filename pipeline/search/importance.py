@@ -32,7 +32,8 @@ from pipeline.algorithms import categorical
 from pipeline.algorithms.categorical import Adaptive
 from pipeline.errors import ConfigError
 from pipeline.search import guided
-from pipeline.search.base import Sampler, SearchMethod, SearchProblem, drive
+from pipeline.search.base import Sampler, SearchMethod, drive
+from pipeline.search.problem import SearchProblem
 from pipeline.search.start import first_distributions
 from pipeline.settings import Settings
 from pipeline.types import Checkpoint, FloatArray, IntArray, Json, Progress, SearchResult

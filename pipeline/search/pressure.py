@@ -22,8 +22,8 @@ from numpy.random import Generator
 
 from pipeline.algorithms import relaxation
 from pipeline.algorithms.relaxation import LinearCost
-from pipeline.search.base import SearchProblem
 from pipeline.search.nearest import drawn_by
+from pipeline.search.problem import SearchProblem
 from pipeline.types import Arch, FloatArray, Json, RelaxedEvaluator, Tier
 
 

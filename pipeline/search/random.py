@@ -8,7 +8,9 @@ from typing import NamedTuple
 from numpy.random import Generator
 from pydantic import Field
 
-from pipeline.search.base import BandSampler, Sampler, SearchMethod, SearchProblem, drive
+from pipeline.search.bands import BandSampler
+from pipeline.search.base import Sampler, SearchMethod, drive
+from pipeline.search.problem import SearchProblem
 from pipeline.settings import Settings
 from pipeline.types import Checkpoint, FloatArray, IntArray, Json, Progress, SearchResult
 

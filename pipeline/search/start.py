@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from pipeline.algorithms import categorical
-from pipeline.search.base import SearchProblem
+from pipeline.search.problem import SearchProblem
 from pipeline.types import FloatArray, IntArray
 
 LOW = 0.5

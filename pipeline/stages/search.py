@@ -14,7 +14,7 @@ from pipeline.evaluators.spread import over_ranks
 from pipeline.ranks import SharedCheckpoint
 from pipeline.run import Run, TraceFile
 from pipeline.search import METHODS
-from pipeline.search.base import SearchProblem
+from pipeline.search.problem import SearchProblem
 from pipeline.stages.networks import fresh_evaluator
 from pipeline.stages.records import (
     SEARCH_RESULT,

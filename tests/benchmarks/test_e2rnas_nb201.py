@@ -20,8 +20,8 @@ from benchmarks.e2rnas_nb201 import (
 )
 from pipeline.costs.table import SpaceCosts
 from pipeline.errors import ConfigError
-from pipeline.search.base import SearchProblem
 from pipeline.search.e2rnas import E2rnas
+from pipeline.search.problem import SearchProblem
 from pipeline.spaces.nb201 import NB201Settings, NB201Space
 from pipeline.types import Arch, Evaluator, Limit, Tier
 

@@ -14,7 +14,7 @@ from benchmarks import search_judging, search_methods, search_runs, search_synth
 from benchmarks.search_methods import CONTESTANTS, OURS, Contestant, Oracle, Recording, Spent
 from benchmarks.search_synthetic import NUM_CHOICES, Landscape, contest, landscape
 from pipeline.errors import StaleArtifact
-from pipeline.search.base import SearchProblem
+from pipeline.search.problem import SearchProblem
 
 EVERY = np.array(list(itertools.product(range(NUM_CHOICES), repeat=5)))
 

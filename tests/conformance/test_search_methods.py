@@ -10,7 +10,7 @@ import pytest
 from pipeline.evaluators.tabular import TableSpace, TabularCosts, TabularEvaluator
 from pipeline.progress import Silent
 from pipeline.search import METHODS
-from pipeline.search.base import SearchProblem
+from pipeline.search.problem import SearchProblem
 from pipeline.settings import Settings
 from pipeline.types import Arch, Arrays, FitInfo, FloatArray, Json, Limit, SearchResult, Slot, Tier
 

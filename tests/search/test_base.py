@@ -11,8 +11,9 @@ from pipeline.costs.table import SpaceCosts
 from pipeline.errors import ConfigError, DivergedTraining, InfeasibleBudget, StaleArtifact
 from pipeline.evaluators.tabular import TableSpace, TabularCosts, TabularEvaluator
 from pipeline.progress import NoCheckpoint, Silent
-from pipeline.search import METHODS, base
-from pipeline.search.base import BandSampler, SearchProblem
+from pipeline.search import METHODS
+from pipeline.search.bands import BandSampler
+from pipeline.search.problem import SearchProblem
 from pipeline.search.random import Random
 from pipeline.spaces.mbconv import MBConvSettings, MBConvSpace
 from pipeline.spaces.nb201 import NB201Settings, NB201Space
@@ -87,7 +88,7 @@ def test_usage_is_looked_up_once_per_architecture(monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_is_forgotten_is_worked_out_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "MOST_KNOWN", 5)
+    monkeypatch.setattr("pipeline.search.problem.MOST_KNOWN", 5)
     asked, rng = problem(), np.random.default_rng(0)
     for _ in range(20):
         rows_NS = rng.integers(3, size=(7, 4))

@@ -15,8 +15,8 @@ from pipeline.errors import ConfigError, StaleArtifact
 from pipeline.evaluators.tabular import TableSpace, TabularCosts, TabularEvaluator
 from pipeline.progress import NoCheckpoint, Silent
 from pipeline.search import METHODS
-from pipeline.search.base import SearchProblem
 from pipeline.search.e2rnas import E2rnas, Objectives, Size, floor_share, in_degrees, operation_sizes
+from pipeline.search.problem import SearchProblem
 from pipeline.spaces.base import RelaxedSpace
 from pipeline.spaces.cell import CellSettings, CellSpace
 from pipeline.spaces.nb201 import NB201Settings, NB201Space

@@ -18,10 +18,10 @@ from pipeline.errors import ConfigError, DivergedTraining, InfeasibleBudget, Sta
 from pipeline.evaluators.tabular import TableSpace, TabularCosts, TabularEvaluator
 from pipeline.progress import NoCheckpoint, Silent
 from pipeline.search import METHODS
-from pipeline.search.base import SearchProblem
 from pipeline.search.darts import Darts
 from pipeline.search.darts_prime import AdmmPull, DartsPrime, Proximity, rules_of
 from pipeline.search.gradient import GradientSettings, Where, _cells
+from pipeline.search.problem import SearchProblem
 from pipeline.types import Arch, Arrays, Evaluator, FitInfo, FloatArray, Json, Limit, SearchResult, Slot, Tier
 
 EDGES, NAMES = 4, ("none", "skip", "conv", "pool")

@@ -17,8 +17,8 @@ from pipeline.data import load_task
 from pipeline.evaluators.relaxed import RelaxedSettings, RelaxedSupernet
 from pipeline.progress import Silent
 from pipeline.search import METHODS
-from pipeline.search.base import SearchProblem
 from pipeline.search.darts_prime import DartsPrime
+from pipeline.search.problem import SearchProblem
 from pipeline.spaces.nb201 import NB201Settings, NB201Space
 from pipeline.spaces.nb201_modules import ConvNorm
 from pipeline.types import Arrays, Json, Limit, SearchResult, Tier

@@ -15,8 +15,8 @@ from pipeline.evaluators.tabular import TableSpace, TabularCosts, TabularEvaluat
 from pipeline.progress import NoCheckpoint, Silent
 from pipeline.search import METHODS, guided
 from pipeline.search.asng import own_only
-from pipeline.search.base import SearchProblem
 from pipeline.search.importance import Importance, StepSettings, mixture_of, weighted_sampler
+from pipeline.search.problem import SearchProblem
 from pipeline.settings import Settings, parse_settings
 from pipeline.types import Json, Limit, SearchResult, Slot, Tier
 

@@ -12,8 +12,9 @@ from pipeline.algorithms.pareto import crowding, front_ranks
 from pipeline.evaluators.tabular import TableSpace, TabularCosts, TabularEvaluator
 from pipeline.progress import NoCheckpoint, Silent
 from pipeline.search import METHODS
-from pipeline.search.base import BandSampler, SearchProblem
+from pipeline.search.bands import BandSampler
 from pipeline.search.nsga2 import Nsga2, best_first, cost_columns, sampler
+from pipeline.search.problem import SearchProblem
 from pipeline.types import Json, Limit, SearchResult, Slot, Tier
 
 SIZES = (4,) * 6

@@ -9,8 +9,8 @@ import pytest
 
 from pipeline.algorithms import relaxation
 from pipeline.evaluators.tabular import TableSpace, TabularCosts
-from pipeline.search.base import SearchProblem
 from pipeline.search.pressure import Pressure
+from pipeline.search.problem import SearchProblem
 from pipeline.types import Arch, Evaluator, FloatArray, Limit, RelaxedEvaluator, Slot, Tier
 
 NAMES = ("none", "skip", "conv")

@@ -11,7 +11,7 @@ from pipeline.errors import StaleArtifact
 from pipeline.evaluators.tabular import TableSpace, TabularCosts, TabularEvaluator
 from pipeline.progress import NoCheckpoint, Silent
 from pipeline.search import METHODS
-from pipeline.search.base import SearchProblem
+from pipeline.search.problem import SearchProblem
 from pipeline.search.start import WEIGHT, favourites, first_distributions
 from pipeline.types import Arch, Candidate, Checkpoint, IntArray, Limit, Slot, Tier
 
