@@ -26,6 +26,7 @@ from benchmarks.record import (
     none_of,
     parser_for,
     run_script,
+    run_to_end,
 )
 from pipeline.errors import BudgetlineError, ConfigError
 from pipeline.report.manifest import MANIFEST, answer_file, read_manifest, tier_key
@@ -69,9 +70,9 @@ def run_job(
     flags = [word for setting in settings for word in ("--set", setting)]
     started = time.perf_counter()
     command = budgetline("run", str(config), "--out", str(out), *flags)
-    ended = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False)
-    if ended.returncode != 0:
-        raise JobFailed(f"budgetline run {config} --out {out} exited with {ended.returncode}; see above")
+    code = run_to_end(command, env=environment, stdout=subprocess.DEVNULL)
+    if code != 0:
+        raise JobFailed(f"budgetline run {config} --out {out} exited with {code}; see above")
     return time.perf_counter() - started
 
 

@@ -34,6 +34,7 @@ from benchmarks.record import (
     none_of,
     parser_for,
     run_script,
+    run_to_end,
 )
 from pipeline.artifacts import FileCheckpoint
 from pipeline.devices.hardware import usable_cores
@@ -94,7 +95,7 @@ def run_local(job: Job, folder: Path, cache: Path, log: Path) -> float:
     began = time.perf_counter()
     command = budgetline("run", str(job.config), "--out", str(folder), "--workers", str(len(usable_cores())))
     with log.open("wb") as output:
-        code = subprocess.run(command, env=_environment(cache), stdout=output, stderr=output).returncode
+        code = run_to_end(command, env=_environment(cache), stdout=output, stderr=output)
     _check_ended_well(code, log)
     return time.perf_counter() - began
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
+import subprocess
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from pipeline.artifacts import write_json
 from pipeline.devices.environment import MALLOC, describe_environment
 from pipeline.devices.hardware import load_average
-from pipeline.errors import BudgetlineError
-from pipeline.launch import ONEDNN, needs_tuning
+from pipeline.errors import BudgetlineError, Ended
+from pipeline.launch import ONEDNN, end_in_order, needs_tuning
 from pipeline.types import Json
 
 # ---------------------------------------------------------------------------------------------------- targets
@@ -129,14 +131,31 @@ def whole_numbers(text: str) -> list[int]:
 
 
 def run_script(main: Callable[[], bool]) -> NoReturn:
-    """Exit 0 where all was shown, 1 where not, 2 with a line where it could not be tried."""
+    """Exit 0 where all was shown, 1 where not, 2 with a line where it could not be tried, 143 at SIGTERM, 130
+    at Ctrl-C."""
+    before = signal.getsignal(signal.SIGTERM)
+    end_in_order()
     try:
         sys.exit(0 if main() else 1)
     except BudgetlineError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as stopped:
+        sys.exit(143 if isinstance(stopped, Ended) else 130)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run_to_end(command: Sequence[str], **options: Any) -> int:
+    """The exit code of a process started with these options of `subprocess.Popen`. Where this one is stopped
+    meanwhile, the other is asked to end, and waited for."""
+    process = subprocess.Popen(command, **options)
+    try:
+        return process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
 
 
 def start_tuned(name: str) -> None:

@@ -38,8 +38,13 @@ def main() -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
     from pipeline.cli import app
 
-    signal.signal(signal.SIGTERM, _end)
+    end_in_order()
     app(prog_name="budgetline")
+
+
+def end_in_order() -> None:
+    """From now on SIGTERM raises `pipeline.errors.Ended`, once."""
+    signal.signal(signal.SIGTERM, _end)
 
 
 def _end(number: int, frame: object) -> None:

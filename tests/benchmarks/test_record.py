@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -93,3 +95,34 @@ def test_a_script_starts_itself_once_with_the_environment_of_training(
     monkeypatch.setattr(os, "environ", environment)
     start_tuned("step_ratio")
     assert len(starts) == 1
+
+
+CHILD = """
+import signal, sys, time
+def end(number, frame):
+    print("child ends", flush=True)
+    sys.exit(0)
+signal.signal(signal.SIGTERM, end)
+print("child works", flush=True)
+time.sleep(60)
+"""
+
+SCRIPT = f"""
+import sys
+from benchmarks.record import run_script, run_to_end
+run_script(lambda: run_to_end([sys.executable, "-c", {CHILD!r}]) == 0)
+"""
+
+
+def test_a_script_that_is_stopped_stops_what_it_has_started(root: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE, text=True, cwd=root
+    ) as script:
+        assert script.stdout is not None
+        assert script.stdout.readline() == "child works\n"
+        script.send_signal(signal.SIGTERM)
+        try:
+            said = script.communicate(timeout=30)[0]
+        finally:
+            script.kill()
+    assert (said, script.returncode) == ("child ends\n", 143)
