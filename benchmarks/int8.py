@@ -119,7 +119,7 @@ def main() -> bool:
     parser.add_argument("--calibration-images", type=int, default=512)
     asked = parser.parse_args()
     evidence = Evidence("int8")
-    run = open_run(asked.run, None, "command line", progress_for(Console(stderr=True)))
+    run = open_run(asked.run, None, progress_for(Console(stderr=True)))
     int8 = Int8Settings(
         max_accuracy_drop=asked.max_accuracy_drop, calibration_images=asked.calibration_images
     )

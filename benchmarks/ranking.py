@@ -380,7 +380,7 @@ def main() -> bool:
         raise RunFolderError(
             f"{asked.run_folder}: holds no finished search; finish it with `budgetline search`"
         )
-    run = open_run(folder, None, "command line", progress_for(Console(stderr=True)))
+    run = open_run(folder, None, progress_for(Console(stderr=True)))
     run.workers = asked.workers
     prepare_compute(run)
     work = RunFolder(asked.work or folder.with_name(f"{folder.name}-rivals"))

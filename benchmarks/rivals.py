@@ -529,7 +529,7 @@ def main() -> bool:
     folder: Path = asked.run_folder.resolve()
     if not (folder / MANIFEST).is_file():
         raise RunFolderError(f"{asked.run_folder}: holds no finished run; finish it with `budgetline run`")
-    run = open_run(folder, None, "command line", progress_for(Console(stderr=True)))
+    run = open_run(folder, None, progress_for(Console(stderr=True)))
     run.workers = asked.workers
     prepare_compute(run)
     seeds: list[int] = asked.seeds

@@ -55,7 +55,7 @@ def run_variant(name: str, config: Json, work: Path) -> Json:
     """The finished run's manifest. Raises StaleArtifact where the folder holds a run of another job."""
     folder, path = work / name, work / f"{name}.yaml"
     if (folder / MANIFEST).is_file():
-        open_run(folder, config, str(path), Silent())
+        open_run(folder, parse(config, str(path)), Silent())
     else:
         write_bytes(path, yaml.safe_dump(config, sort_keys=False).encode())
         run_job(path, folder, [])

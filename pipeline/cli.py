@@ -19,6 +19,7 @@ from pipeline.errors import BudgetlineError, ConfigError, CorruptArtifact, Ended
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from pipeline.config import RunConfig
     from pipeline.engine import Cluster
     from pipeline.run import Run
     from pipeline.types import Json
@@ -205,11 +206,14 @@ def _starter(name: str, work: Callable[[Run], Json | None], help_text: str, exam
         as_json: AsJson = False,
     ) -> None:
         with _friendly():
+            from pipeline.config import parse
+
             flags = _flags(profile, data, method, space, evaluator, seed, device)
             wanted, where = _wanted(config, flags, settings or [], out)
             root = out or EXPORTS / _default_name(config, wanted)
+            asked = None if wanted is None else parse(wanted, where)
             chosen = _Engine(workers, engine, ray_address, task_resources)
-            with _opened(root, wanted, where, chosen) as opened:
+            with _opened(root, asked, chosen) as opened:
                 manifest = work(opened)
             if manifest is not None and as_json:
                 typer.echo(json.dumps(manifest))
@@ -225,7 +229,7 @@ def _stage(name: str, help_text: str, per_tier: bool, trains: bool = False) -> N
     """A command for one stage of an existing run; `trains` where networks are trained side by side."""
 
     def work(out: Path, *tier: str | None, engine: _Engine = _HERE) -> None:
-        with _friendly(), _opened(out, None, "command line", engine) as opened:
+        with _friendly(), _opened(out, None, engine) as opened:
             from pipeline.flow import STAGES
 
             STAGES[name](opened, *tier)
@@ -375,18 +379,18 @@ def _default_name(config: Path | None, wanted: Json | None) -> str:
 
 
 @contextmanager
-def _opened(root: Path, wanted: Json | None, where: str, engine: _Engine) -> Iterator[Run]:
+def _opened(root: Path, asked: RunConfig | None, engine: _Engine) -> Iterator[Run]:
     from pipeline.progress import Silent
     from pipeline.ranks import joined
-    from pipeline.run import open_run, prepare_compute, require_run, working_folder
+    from pipeline.run import open_run, prepare_compute, refuse_to_begin, working_folder
     from pipeline.ui import progress_for
 
     with joined() as ranks:
-        if wanted is None and ranks.rank == 0:
-            require_run(root)  # before the lock, which would make the folder
+        if ranks.rank == 0:
+            refuse_to_begin(root, asked)  # before the lock, which would make the folder
         with working_folder(root, ranks) as folder:
             progress = progress_for(_console()) if ranks.rank == 0 else Silent()
-            opened = open_run(folder, wanted, where, progress)
+            opened = open_run(folder, asked, progress)
             opened.workers, opened.ranks = engine.workers, ranks
             prepare_compute(opened)
             with _cluster(opened, engine) as opened.cluster:

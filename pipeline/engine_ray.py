@@ -544,7 +544,7 @@ def _do_job(root: Path, request: Json, progress: Progress) -> Json:
     if os.path.isdir(request["from"]):
         os.chdir(request["from"])
     jobs: dict[str, Callable[[Run, Json], Json]] = importlib.import_module(request["jobs"]).JOBS
-    run = open_run(root, None, "task", progress)
+    run = open_run(root, None, progress)
     prepare_compute(run)
     if request["data"] not in (None, run.task.fingerprint):
         raise DataError(

@@ -93,7 +93,7 @@ def _opened(request: Json, send: Callable[[Json], None]) -> Callable[[Json], Jso
 
     def do(job: Json) -> Json:
         if not opened:
-            run = open_run(Path(request["root"]), None, "worker", Messages(send))
+            run = open_run(Path(request["root"]), None, Messages(send))
             run.cache = Path(request["cache"])
             prepare_compute(run)
             run.require_same_space()

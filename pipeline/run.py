@@ -161,13 +161,12 @@ class Run:
         yield lambda: round(time.perf_counter() - started, 3)
 
 
-def open_run(root: Path, wanted: Json | None, where: str, progress: Progress) -> Run:
-    """The run in folder `root`: as its run.yaml says, or, where nothing was made yet, as `wanted` says.
+def open_run(root: Path, asked: RunConfig | None, progress: Progress) -> Run:
+    """The run in folder `root`: as its run.yaml says, or, where nothing was made yet, as `asked` says.
 
     Raises StaleArtifact where the folder holds a run that was asked for otherwise."""
     folder = RunFolder(root)
     path = folder.path(RUN_FILE)
-    asked = None if wanted is None else parse(wanted, where)
     if asked is None:
         require_run(root)
     there = parse(_without_header(read_yaml(path), path), str(path)) if path.exists() else None
@@ -195,6 +194,24 @@ def measured_run(root: Path) -> Json | None:
 
 def _is_begun(root: Path) -> bool:
     return any((root / "costs").glob("*.json"))
+
+
+def refuse_to_begin(root: Path, asked: RunConfig | None) -> None:
+    """Refuse what cannot be done in folder `root` before there is one: to go on with nothing, or a run among
+    its own images, which would become one of their classes."""
+    if asked is None:
+        require_run(root)
+        return
+    source, _, images = asked.data.name.partition(":")
+    if source == "image-folder" and images and _is_within(root, Path(images).expanduser()):
+        raise ConfigError(
+            f"{root}: this folder of the run lies within the images ({images}), where it would become one of "
+            "their classes; give one outside with --out"
+        )
+
+
+def _is_within(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
 
 
 def require_run(root: Path) -> None:

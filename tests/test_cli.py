@@ -197,6 +197,7 @@ def test_a_run_s_folder_is_named_after_what_describes_it(
     (tmp_path / "mine.yaml").write_text("seed: 1\n")
     assert cli("profile", "mine.yaml", "--profile", profile).code == 0
     assert cli("profile", "--profile", profile, "--data", "image-folder:photos/cats").code == 2
+    assert cli("profile", "--profile", profile, "--data", "photos").code == 2
     assert cli("profile", "--profile", profile).code == 0
     assert sorted(path.name for path in (tmp_path / "exports").iterdir()) == ["cats", "digits", "mine"]
 

@@ -272,9 +272,9 @@ class TestOnACluster:
                 nodes.lose_other()
 
         progress = Watching(lose_the_other)
-        run = open_run(copied, None, "test", progress)
+        run = open_run(copied, None, progress)
         run.cluster = connection(nodes, progress)
-        alone = open_run(local, None, "test", Silent())
+        alone = open_run(local, None, Silent())
         alone.workers = 1  # in this process, on one thread as on the nodes
         with one_thread():
             for stage in (derive_stage, retrain_stage, export_stage):
@@ -437,7 +437,7 @@ def test_jobs_tell_all_that_they_read(copied: Path, in_process: Make, recipe: Js
         for name in ("train", "weights", "export", "samples", "model"):
             for path in copied.glob(f"{DEVICE}/*/{name}*"):
                 path.unlink()
-        run = open_run(copied, None, "test", Silent())
+        run = open_run(copied, None, Silent())
         run.workers = 1
         run.cluster = None if ray is None else RayCluster(ray, RaySettings(), Silent())
         with one_thread():

@@ -154,6 +154,22 @@ def test_images_that_are_not_there(cli: Cli, tmp_path: Path) -> None:
     refused(outcome, "DataError", "nothing is there")
 
 
+@pytest.mark.parametrize(("images", "place"), [(".", "."), ("..", "dog")])
+def test_a_run_among_its_own_images_is_refused_before_it_becomes_a_class(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: str, place: str
+) -> None:
+    write_images(tmp_path, {"cat": [8] * 9, "dog": [8] * 9})
+    described = describe(tmp_path, data=f"image-folder:{images}")
+    monkeypatch.chdir(tmp_path / place)
+    outcome = cli("profile", described)
+    refused(
+        outcome, "ConfigError", f"exports/described: this folder of the run lies within the images ({images})"
+    )
+    assert not Path("exports").exists()
+    outside = tmp_path.with_name(f"{tmp_path.name}-run")
+    assert cli("profile", described, "--out", outside).code == 0
+
+
 def test_what_the_message_asks_for_helps_in_the_same_folder(cli: Cli, tmp_path: Path) -> None:
     """Mixed sizes: the run is described anew with `image_size`, since nothing was made of it yet."""
     images, root = tmp_path / "images", tmp_path / "run"

@@ -328,7 +328,7 @@ def test_a_tier_keeps_its_latency_on_the_device_or_is_not_shipped(
     shutil.rmtree(root)
     assert cli("profile", described, "--out", root).code == 0
     assert len(stopwatch.timed) == again, "the cost table comes from the cache"
-    run = run_module.open_run(root, None, "test", Silent())
+    run = run_module.open_run(root, None, Silent())
     benches = [run.bench(profile) for profile in run.config.profiles * 2]
     assert len({id(bench.patience) for bench in benches}) == 1, (
         "a device is waited for once, not bench by bench"

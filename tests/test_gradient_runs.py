@@ -118,7 +118,7 @@ def test_a_search_goes_on_with_a_lower_rate_and_with_no_other_evaluator(cli: Cli
         path = root / "run.yaml"
         stated = {**yaml.safe_load(path.read_text()), "evaluator": {"name": "relaxed", **evaluator}}
         path.write_text(yaml.safe_dump(stated))
-        return search_problem(open_run(root, None, "test", Silent())).made_from
+        return search_problem(open_run(root, None, Silent())).made_from
 
     before = made_from()
     assert made_from(learning_rate=0.01, least_learning_rate=0.0001) == before

@@ -61,7 +61,7 @@ def test_loss_and_evaluations_are_judged_against_the_searches_alone() -> None:
 
 def test_a_finished_run_of_another_job_is_refused(tmp_path: Path) -> None:
     config: Json = {"data": "digits", "profiles": ["params"], "search": {"evaluations": 100}}
-    run = open_run(tmp_path / "one", config, "test", Silent())
+    run = open_run(tmp_path / "one", parse(config, "test"), Silent())
     run.folder.path("costs").mkdir()
     for name in ("costs/params.json", MANIFEST):
         run.folder.path(name).write_text("{}")

@@ -108,7 +108,7 @@ def test_a_worker_that_finds_another_text_refuses_its_first_job(cli: Cli, tmp_pa
     shutil.copy(PLAIN, path)
     words = ["profile", "--profile", PARAMS, "--space", f"file:{path}", "--out", out]
     assert cli(*words).code == 0
-    open_run(out, None, "worker", Silent()).require_same_space()
+    open_run(out, None, Silent()).require_same_space()
     path.write_text(path.read_text().replace("(1, 2, 4)", "(1, 2, 5)"))
     with pytest.raises(StaleArtifact, match="another space"):
-        open_run(out, None, "worker", Silent()).require_same_space()
+        open_run(out, None, Silent()).require_same_space()
