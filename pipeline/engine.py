@@ -120,7 +120,7 @@ class Processes:
         for _ in range(min(self._share.workers, len(jobs)) - len(self._workers)):
             self._workers.append(_Worker(self._request))
             self._idle.put(self._workers[-1])
-        lock = threading.Lock()
+        idle, lock = self._idle, threading.Lock()
         with (
             self._progress.track(label, len(jobs) * steps_each) as advance,
             ThreadPoolExecutor(len(self._workers)) as threads,
@@ -131,10 +131,11 @@ class Processes:
                     advance(steps, note)
 
             def do(job: Json) -> Json:
-                worker = self._idle.get()
-                answer = worker.do(job, advance_one_at_a_time, self._progress.say)
-                self._idle.put(worker)
-                return answer
+                worker = idle.get()
+                try:
+                    return worker.do(job, advance_one_at_a_time, self._progress.say)
+                finally:
+                    idle.put(worker)  # also a failed one: a job that waits for it would wait for ever
 
             futures = [threads.submit(do, job) for job in jobs]
             try:

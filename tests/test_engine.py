@@ -92,11 +92,14 @@ def test_answers_come_in_order_from_several_processes(root: Path) -> None:
 def test_an_error_ends_the_others_and_is_told(
     root: Path, tmp_path: Path, job: str, error: type[BudgetlineError], text: str
 ) -> None:
-    started = tmp_path / "started"
+    """The third waits for a worker when the second fails, and must not wait for ever."""
+    started = [tmp_path / "first", tmp_path / "third"]
+    first, third = ({"do": "sleep", "started": str(path)} for path in started)
     with processes(root, Watched()) as engine, pytest.raises(error, match=text):
-        engine.map("", [{"do": "sleep", "started": str(started)}, {"do": job}], steps_each=1)
-    told = started.read_text() if started.exists() else ""  # empty where it was ended while it wrote
-    assert not told or not alive(int(told))
+        engine.map("", [first, {"do": job}, third], steps_each=1)
+    for path in started:
+        told = path.read_text() if path.exists() else ""  # empty where it was ended while it wrote
+        assert not told or not alive(int(told))
 
 
 def test_a_worker_ends_with_its_parent(root: Path, tmp_path: Path) -> None:
