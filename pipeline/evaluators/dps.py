@@ -424,12 +424,13 @@ def tune(
     """`search_settings` from a file of known architectures (`read_known`) to a settings file, `out`,
     that `evaluator.settings_file` reads.
 
-    Beside `out` stand its report (.json) and, until it is done, a checkpoint (.npz): the same command
-    goes on where it stopped, and says the same again where it is done. Raises ConfigError,
+    Beside `out`, which is a .yaml, stand its report (.json) and, until it is done, a checkpoint (.npz): the
+    same command goes on where it stopped, and says the same again where it is done. Raises ConfigError,
     StaleArtifact."""
+    report = out.with_suffix(".json")
+    _refuse_to_overwrite(known_file, out, report)
     known = read_known(known_file, space)
     identity = identity_of(space, task, known, settings, base, seed)
-    report = out.with_suffix(".json")
     if report.exists() and out.exists():
         record = read_json(report)
         if record.get("identity") != identity:
@@ -451,3 +452,13 @@ def tune(
     write_json(report, {"identity": identity, **result.to_json()})
     checkpoint.remove()
     return result
+
+
+def _refuse_to_overwrite(known_file: Path, out: Path, report: Path) -> None:
+    if out.suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"{out}: settings are written as YAML; choose an --out that ends in .yaml")
+    if known_file.resolve() in (out.resolve(), report.resolve()):
+        raise ConfigError(
+            f"{known_file}: holds the known architectures, and would be overwritten by what is made from "
+            f"them ({out.name} and {report.name}); choose another --out"
+        )

@@ -106,11 +106,11 @@ def _choice(value: Any, slot: str, choices: Sequence[str], where: str) -> int:
     text = str(value).strip()
     if text in choices:
         return choices.index(text)
-    if text.isdigit() and int(text) < len(choices):
+    names_alone = any(choice.isdigit() for choice in choices)  # else 1 could be a name or a number
+    if text.isdigit() and int(text) < len(choices) and not names_alone:
         return int(text)
-    raise ConfigError(
-        f"{where}: slot '{slot}' is {text!r}; expected one of {', '.join(choices)}, or its number from 0"
-    )
+    number = "" if names_alone else ", or its number from 0"
+    raise ConfigError(f"{where}: slot '{slot}' is {text!r}; expected one of {', '.join(choices)}{number}")
 
 
 def _stated_arch(value: Any, space: SearchSpace, where: str) -> Arch:

@@ -44,6 +44,7 @@ from pipeline.evaluators.genome import Genome, genes
 from pipeline.evaluators.known import Known, read_known
 from pipeline.progress import NoCheckpoint, Silent
 from pipeline.settings import parse_settings
+from pipeline.spaces.mbconv import MBConvSettings, MBConvSpace
 from pipeline.spaces.nb201 import OPERATIONS, NB201Settings, NB201Space
 from pipeline.types import Arch, Arrays, FloatArray, Json
 
@@ -113,6 +114,24 @@ def test_columns_of_names_of_numbers_and_of_json_say_the_same(tmp_path: Path) ->
         tmp_path / "d.json",
     ]
     assert [read_known(file, SPACE) for file in files] == [EXPECTED] * 4
+
+
+def test_where_names_are_numbers_a_number_is_a_name(tmp_path: Path) -> None:
+    """Widths and depths; what counts from 0 would be taken for other architectures without a word."""
+    space = MBConvSpace((3, 16, 16), 4, MBConvSettings(size="tiny"))
+    archs = [Arch(space.name, tuple(len(slot.choices) - 1 for slot in space.slots)), space.smallest]
+    header = ",".join(slot.name for slot in space.slots)
+    names = [",".join(s.choices[c] for s, c in zip(space.slots, arch.choices, strict=True)) for arch in archs]
+    some = list(space.uniform())[:5]
+    lines = [
+        *(f"{row},{80 + number}" for number, row in enumerate(names)),
+        *(f"{','.join(map(str, space.describe(arch).values()))},{90}" for arch in some),
+    ]
+    found = read_known(written(tmp_path / "k.csv", [f"{header},accuracy", *lines]), space)
+    assert {known.arch for known in found} == {space.canonical(arch) for arch in [*archs, *some]}
+    lines[0] = f"{names[0].rpartition(',')[0]},0,80"
+    with pytest.raises(ConfigError, match=r"slot 'head.width' is '0'; expected one of [\d, ]+$"):
+        read_known(written(tmp_path / "k.csv", [f"{header},accuracy", *lines]), space)
 
 
 def test_rows_of_one_network_count_once(tmp_path: Path) -> None:
@@ -560,3 +579,20 @@ def test_a_stopped_job_goes_on(known_file: Path, tmp_path: Path, monkeypatch: py
     assert len(saved) == 3 + 3
     assert resumed.settings == whole.settings and resumed.search_rho == whole.search_rho
     assert not out.with_suffix(".npz").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("known.yaml", r"known\.json: holds the known architectures, and would be overwritten"),
+        ("tuned.npz", r"tuned\.npz: settings are written as YAML"),
+        ("tuned.json", r"tuned\.json: settings are written as YAML"),
+        ("tuned", r"tuned: settings are written as YAML"),
+    ],
+)
+def test_nothing_is_written_over_what_was_given(tmp_path: Path, name: str, message: str) -> None:
+    known_file = tmp_path / "known.json"
+    known_file.write_text("[]")
+    with pytest.raises(ConfigError, match=message):
+        tuned(known_file, tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["known.json"] and known_file.read_text() == "[]"
