@@ -206,18 +206,18 @@ def _subfolders(folder: Path) -> list[Path]:
 
 def _images_below(folder: Path, above: tuple[str, ...]) -> tuple[list[_File], int]:
     """Image files at any depth in sorted order, and how many other files there are. Links to folders are
-    not followed."""
+    not followed; what is hidden (thumbnails, checkpoints of notebooks) is not looked at."""
     images: list[_File] = []
     num_ignored = 0
     with os.scandir(folder) as entries:
         for entry in entries:
+            if entry.name.startswith("."):
+                continue
             if entry.is_dir():
                 if not entry.is_symlink():
                     deeper, ignored = _images_below(Path(entry.path), (*above, entry.name))
                     images += deeper
                     num_ignored += ignored
-            elif entry.name.startswith("."):
-                continue
             elif os.path.splitext(entry.name)[1].lower() in _SUFFIXES:
                 status = entry.stat()
                 images.append(_File((*above, entry.name), status.st_size, status.st_mtime_ns))
