@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from operator import lt
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -113,12 +113,6 @@ class Operation(NamedTuple):
     def family(self) -> str:
         """Operations of one family share weights in the supernet."""
         return f"{self.kind}{'1' if self.expansion == 1 else 'n'}"
-
-    @property
-    def weight(self) -> tuple[int, int, int]:
-        """Orders operations by what they cost."""
-        dense = self.kernel**2 if self.kind == "f" else 1
-        return self.expansion * dense, self.kernel, self.expansion
 
 
 class Unit(NamedTuple):
@@ -317,15 +311,21 @@ class MBConvSpace:
         members = itertools.product(range(len(self.operations)), shares, shares, shares)
         yield from dict.fromkeys(self._uniform_member(*member) for member in members)
 
-    @property
+    @cached_property
     def largest(self) -> Arch:
-        heaviest = max(range(len(self.operations)), key=lambda index: self.operations[index].weight)
-        return self._uniform_member(heaviest, 1.0, 1.0, 1.0)
+        """Of the members that choose alike everywhere, by multiply-adds."""
+        return max(self._of_each_operation(1.0), key=self._macs)
 
-    @property
+    @cached_property
     def smallest(self) -> Arch:
-        lightest = min(range(len(self.operations)), key=lambda index: self.operations[index].weight)
-        return self._uniform_member(lightest, 0.0, 0.0, 0.0)
+        return min(self._of_each_operation(0.0), key=self._macs)
+
+    def _of_each_operation(self, share: float) -> list[Arch]:
+        """Uniform members at one end of depth, width and head."""
+        return [self._uniform_member(number, share, share, share) for number in range(len(self.operations))]
+
+    def _macs(self, arch: Arch) -> int:
+        return sum(layer.macs for layer in self.layers(arch))
 
     # ------------------------------------------------------------------------------------ networks
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from pipeline.errors import ConfigError
 from pipeline.settings import parse_settings
-from pipeline.spaces.mbconv import MBConvSettings, MBConvSpace, Operation, stage_strides
+from pipeline.spaces.mbconv import MBConvSettings, MBConvSpace, stage_strides
 from pipeline.spaces.mbconv_modules import MBConvNetwork, MBConvSupernet
 from pipeline.spaces.trace import deployed
 from pipeline.types import Arch
@@ -235,10 +235,22 @@ def test_known_counts_of_the_smallest_network() -> None:
     )
 
 
-def test_expansion_one_is_the_cheapest_operation_and_fused_the_dearest() -> None:
-    names = ("f3e3", "k5e3", "k3e1", "k5e1", "k3e3")
-    ordered = sorted(names, key=lambda name: Operation.parse(name).weight)
-    assert ordered == ["k3e1", "k5e1", "k3e3", "k5e3", "f3e3"]
+@pytest.mark.parametrize(
+    ("operations", "cheapest", "dearest"),
+    [
+        (("f3e3", "k5e3", "k3e1", "k5e1", "k3e3"), "k3e1", "f3e3"),
+        (("f3e1", "k3e6"), "f3e1", "k3e6"),
+        (("k7e3", "k3e6", "k5e3"), "k5e3", "k3e6"),
+    ],
+)
+def test_the_extremes_are_those_by_multiply_adds(
+    operations: tuple[str, ...], cheapest: str, dearest: str
+) -> None:
+    space = MBConvSpace((3, 16, 16), 4, MBConvSettings(size="small", operations=operations))
+    macs = {arch: sum(layer.macs for layer in space.layers(arch)) for arch in space.uniform()}
+    for arch, name, extreme in ((space.smallest, cheapest, min), (space.largest, dearest, max)):
+        assert macs[arch] == extreme(macs.values())
+        assert space.describe(arch)["stage2.operation"] == name
 
 
 def test_fresh_networks_follow_torchs_generator() -> None:
