@@ -196,6 +196,11 @@ def _refuse_unfit(config: RunConfig, where: str) -> None:
             f"{where}: retrain: 'start: supernet' takes a network's first weights from the evaluator, and "
             f"'{name}' has none to give; set start: scratch"
         )
+    if "extract" in offers and config.search.warm_up == 0 and not config.search.train_in_search:
+        raise ConfigError(
+            f"{where}: search: warm_up is 0 and train_in_search false, so '{name}' would judge by weights "
+            "that nothing has trained; set warm_up (1000 by default), or train_in_search: true"
+        )
     _refuse_other_supernet(config, where)
 
 

@@ -51,6 +51,13 @@ def test_what_is_written_is_read_back_equal(values: dict[str, Any]) -> None:
     assert again.to_json() == config.to_json()
 
 
+def test_a_supernet_that_nothing_would_train_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"search: warm_up is 0 and train_in_search false, so 'one-shot'"):
+        parsed(search={"warm_up": 0})
+    assert parsed(search={"warm_up": 0, "train_in_search": True}).search.warm_up == 0
+    assert parsed(search={"warm_up": 0}, evaluator="params").search.warm_up == 0
+
+
 def test_fewer_evaluations_than_tiers_are_refused() -> None:
     devices = [device("a"), device("b")]
     with pytest.raises(ConfigError, match=r"run\.yaml: search: evaluations is 1, fewer than the 2 tiers"):

@@ -143,7 +143,7 @@ def adaptive_step(
     moves_K = norm_K > 1e-12
     inverse_K = np.divide(1.0, norm_K, out=np.zeros_like(norm_K), where=moves_K)[:, None, None]
     delta_K = delta0 / slowdown_K
-    beta_K = delta_K / np.sqrt(max(sum(sizes) - len(sizes), 1))
+    beta_K = np.minimum(delta_K / np.sqrt(max(sum(sizes) - len(sizes), 1)), 1.0)  # of memory: all is new
 
     theta_new_KSC = with_margin(theta_KSC + delta_K[:, None, None] * gradient_KSC * inverse_K, sizes)
     keep_K, gain_K = 1.0 - beta_K, beta_K * (2.0 - beta_K)

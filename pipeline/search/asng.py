@@ -40,4 +40,6 @@ def own_only(theta_KSC: FloatArray, choices_NS: IntArray) -> FloatArray:
     return np.tile(num_tiers * np.eye(num_tiers), (1, len(choices_NS) // num_tiers))
 
 
-METHOD = SearchMethod(Asng, run, warm_starts=True)
+METHOD = SearchMethod(
+    Asng, run, warm_starts=True, asks=lambda config, num_tiers: config.samples_per_tier * num_tiers
+)

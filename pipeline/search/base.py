@@ -45,13 +45,15 @@ class SearchMethod(NamedTuple):
     record per iteration. `needs` names what the evaluator must offer beyond the Evaluator protocol.
     `suggests(config)` gives what a run gets where it states nothing else: the name of an `evaluator`,
     settings of the `space`, as far as it has them, and `evaluations` of each tier. One that `warm_starts`
-    begins with what an earlier search liked."""
+    begins with what an earlier search liked. `asks(config, K)` is how many architectures one that samples
+    asks for in an iteration for K tiers."""
 
     config: type[Settings]
     run: Run
     needs: frozenset[str] = frozenset()
     suggests: Callable[[Any], Json] = lambda config: {}
     warm_starts: bool = False
+    asks: Callable[[Any, int], int] = lambda config, num_tiers: num_tiers
 
 
 class Run(Protocol):

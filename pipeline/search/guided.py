@@ -19,6 +19,7 @@ from pydantic import Field
 from pipeline.algorithms import categorical, evolution, surrogate
 from pipeline.algorithms.categorical import Adaptive
 from pipeline.algorithms.surrogate import Kernel, Surrogate
+from pipeline.errors import ConfigError
 from pipeline.search.bands import BandSampler
 from pipeline.search.base import Sampler
 from pipeline.search.problem import SearchProblem
@@ -117,9 +118,15 @@ class Pool(NamedTuple):
 
 
 def sampler(problem: SearchProblem, config: GuideSettings) -> tuple[Sampler[Guided], BandSampler]:
-    """The guided sampler, and the bands that its distributions started from."""
+    """The guided sampler, and the bands that its distributions started from. Raises ConfigError where an
+    iteration has a single evaluation and answers drift: they are compared within an iteration."""
     bands = BandSampler(problem)
     guide = _Guide(problem, config, bands)
+    if guide.drifts and config.samples_per_tier * len(problem.tiers) == 1:
+        raise ConfigError(
+            "importance: with train_in_search and one tier, surrogate.samples_per_tier must be 2 or more: "
+            "losses are compared with others of the same step"
+        )
     return Sampler(guide.init, guide.ask, guide.tell, guide.watch, lambda state: state.theta_KSC), bands
 
 
@@ -191,7 +198,7 @@ class _Guide:
     # ------------------------------------------------------------------------------------------------ parts
 
     def _too_few(self, state: Guided) -> bool:
-        return len(state.losses_E) < self.config.first_evaluations
+        return int(state.told) < self.config.first_evaluations
 
     def _remembering(self, state: Guided, choices_NS: IntArray, losses_N: FloatArray) -> Guided:
         last = slice(-self.config.memory, None)

@@ -77,6 +77,10 @@ class Importance(Settings):
     def uses_surrogate(self) -> bool:
         return self.mode == "budgets" and self.guide != "weights"
 
+    @property
+    def samples_per_tier(self) -> int:
+        return (self.surrogate if self.uses_surrogate else self.weights).samples_per_tier
+
 
 class Distributions(NamedTuple):
     """`Adaptive` and the pressure ε_k of every tier."""
@@ -224,4 +228,6 @@ def _spread(losses_N: FloatArray, weights_KN: FloatArray) -> FloatArray:
     return np.where(spread_K > 0, spread_K, 1.0)[:, None]
 
 
-METHOD = SearchMethod(Importance, run, warm_starts=True)
+METHOD = SearchMethod(
+    Importance, run, warm_starts=True, asks=lambda config, num_tiers: config.samples_per_tier * num_tiers
+)

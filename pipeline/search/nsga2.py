@@ -162,4 +162,6 @@ def best_first(points_NJ: FloatArray) -> IntArray:
     return np.lexsort([-distance_N, ranks_N])
 
 
-METHOD = SearchMethod(Nsga2, in_bands("nsga2", sampler), warm_starts=True)
+METHOD = SearchMethod(
+    Nsga2, in_bands("nsga2", sampler), warm_starts=True, asks=lambda config, num_tiers: config.population
+)

@@ -58,4 +58,4 @@ def run(
     )
 
 
-METHOD = SearchMethod(Random, run)
+METHOD = SearchMethod(Random, run, asks=lambda config, num_tiers: config.samples_per_tier * num_tiers)

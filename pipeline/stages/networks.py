@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from pipeline.artifacts import read_arrays, sha256_file, sha256_json
@@ -65,10 +66,12 @@ def fresh_evaluator(run: Run) -> Evaluator:
 
 def _training_steps(run: Run) -> int:
     """How often the same weights are trained in a search."""
-    search = run.config.search
-    if RELAXED in METHODS[run.config.method.name].needs:  # every tier goes on from the warm-up
-        return search.warm_up + search.evaluations // len(run.tiers)
-    return search.warm_up + (search.evaluations // (2 * len(run.tiers)) if search.train_in_search else 0)
+    search, num_tiers = run.config.search, len(run.tiers)
+    method = METHODS[run.config.method.name]
+    if RELAXED in method.needs:  # every tier goes on from the warm-up
+        return search.warm_up + search.evaluations // num_tiers
+    at_once = method.asks(run.config.method.settings, num_tiers)
+    return search.warm_up + (math.ceil(search.evaluations / at_once) if search.train_in_search else 0)
 
 
 def searched_evaluator(run: Run) -> Evaluator:

@@ -180,6 +180,18 @@ def test_step_follows_the_published_recursion() -> None:
     assert moved.slowdown_K == pytest.approx([np.exp(beta * (gamma - gamma / 1.5))])
 
 
+def test_a_first_step_of_any_length_stays_finite() -> None:
+    """N = 24 as on NAS-Bench-201; from δ₀ = 2√N on the published memory has no real share."""
+    sizes = (5,) * 6
+    state = categorical.adaptive_start(categorical.uniform(sizes, 1))
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        rows = categorical.sample(state.theta_KSC, 8, rng)[0]
+        gradient = categorical.natural_gradient(state.theta_KSC, rows, rng.normal(size=(1, 8)))
+        state = categorical.adaptive_step(state, gradient, sizes, delta0=10.0)
+        assert all(np.isfinite(part).all() for part in state)
+
+
 def test_steps_find_the_best_architecture_of_an_additive_loss() -> None:
     sizes, rng = (4,) * 8, np.random.default_rng(11)
     loss = rng.permuted(np.tile(np.arange(4.0), (8, 1)), axis=1)

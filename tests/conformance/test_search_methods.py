@@ -1,6 +1,7 @@
 """What every search method of the catalogue must do."""
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -119,6 +120,18 @@ def test_it_spends_its_evaluations_and_no_more(method: str, kind: str) -> None:
     assert result.method == method
     assert result.evaluations == sum(candidate.evaluations for candidate in result.candidates)
     assert result.evaluations <= 47 if kind == "fixed" else result.evaluations == 47
+
+
+@every_method
+@pytest.mark.parametrize("evaluations", [47, 120])
+def test_it_asks_for_as_many_at_once_as_it_says(method: str, evaluations: int) -> None:
+    """A supernet's learning rate is laid out over the steps of a search: one an iteration."""
+    asked, entry = problem("trains", evaluations=evaluations), METHODS[method]
+    trace: list[Json] = []
+    search(method, asked, Memory(), trace)
+    steps = sum(record["stage"] == "search" for record in trace)
+    planned = math.ceil(evaluations / entry.asks(entry.config(), len(asked.tiers)))
+    assert planned <= steps <= 1.25 * planned + 1, "more where one is drawn twice in an iteration"
 
 
 @every_method

@@ -175,6 +175,24 @@ def test_what_answered_best_is_asked_again_where_answers_are_noisy(noise: float)
     assert again >= rounds_after if noise else again == 0
 
 
+def test_few_remembered_evaluations_are_believed_all_the_same() -> None:
+    """`first_evaluations` counts all that were made, also those that are no longer remembered."""
+    problem = toy(2, 0, 100)
+    config = parse_settings(Importance, {"surrogate": {"memory": 16, "first_evaluations": 20}}, "run.yaml")
+    theta_KSC = search(problem, config).theta_KSC
+    assert theta_KSC is not None and theta_KSC.max(axis=2).mean() > 0.6, "it has learnt"
+
+
+def test_a_single_evaluation_at_a_time_says_nothing_of_a_supernet_that_learns() -> None:
+    class Learner(TabularEvaluator):
+        trains = True
+
+    problem = replace(toy(1, 0, 40), evaluator=Learner(ROWS, np.arange(float(len(ROWS)))))
+    config = parse_settings(Importance, {"surrogate": {"samples_per_tier": 1}}, "run.yaml")
+    with pytest.raises(ConfigError, match=r"surrogate\.samples_per_tier must be 2 or more"):
+        search(problem, config)
+
+
 def test_no_tier_asks_for_what_another_has_just_asked_for() -> None:
     """Two tiers of one budget: what is best for one is best for the other."""
     two = toy(2, 0, 600)
