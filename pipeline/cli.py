@@ -228,11 +228,11 @@ def _starter(name: str, work: Callable[[Run], Json | None], help_text: str, exam
 def _stage(name: str, help_text: str, per_tier: bool, trains: bool = False) -> None:
     """A command for one stage of an existing run; `trains` where networks are trained side by side."""
 
-    def work(out: Path, *tier: str | None, engine: _Engine = _HERE) -> None:
+    def work(out: Path, tier: str | None = None, engine: _Engine = _HERE) -> None:
         with _friendly(), _opened(out, None, engine) as opened:
-            from pipeline.flow import STAGES
+            from pipeline.flow import run_stage
 
-            STAGES[name](opened, *tier)
+            run_stage(opened, name, tier)
 
     def for_training(
         out: RunFolderOption,
@@ -322,16 +322,18 @@ def _wanted(
     config: Path | None, flags: Json, settings: list[str], out: Path | None = None
 ) -> tuple[Json | None, str]:
     """The run as file and flags describe it, None when neither says anything; and where that stands. Without
-    a file, flags change the run that was begun in folder `out`."""
+    a file, flags change the run that is in folder `out`; where nothing was made from it yet, flags that name
+    images describe another."""
     from pipeline.config import read_config
-    from pipeline.run import measured_run
+    from pipeline.run import described_run, is_begun
 
+    wanted: Json = {}
+    where: list[str] = []
     if config is not None:
         wanted, where = read_config(config), [str(config)]
-    elif out is not None and (flags or settings) and (found := measured_run(out)):
-        wanted, where = found, [str(out)]
-    else:
-        wanted, where = {}, []
+    elif out is not None and (flags or settings) and ("data" not in flags or is_begun(out)):
+        found = described_run(out)
+        wanted, where = (found, [str(out)]) if found is not None else (wanted, where)
     for key, value in flags.items():
         section = wanted.get(key)
         same = isinstance(section, dict) and section.get("name") == value

@@ -24,6 +24,7 @@ from pipeline.run import Run
 from pipeline.stages import outline
 from pipeline.stages.derive import derive_stage
 from pipeline.stages.export import export_stage
+from pipeline.stages.lineage import require_current
 from pipeline.stages.measure import measure_stage
 from pipeline.stages.profile import profile_stage
 from pipeline.stages.records import TIER_RECORDS
@@ -43,6 +44,16 @@ STAGES: dict[str, Callable[..., Any]] = {
 }
 """In order. Each takes the run, those from `derive` to `measure` also the name of the one tier that is meant;
 the last answers the manifest."""
+
+
+def run_stage(run: Run, name: str, only: str | None = None) -> None:
+    """One stage on its own, for one tier where `only` names it. Raises StaleArtifact where what it would read
+    was made from something else than there is now."""
+    require_current(run, name, only)
+    if name in TIER_RECORDS:
+        STAGES[name](run, only)
+    else:
+        STAGES[name](run)
 
 
 def run_all(run: Run) -> Json:

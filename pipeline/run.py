@@ -28,6 +28,7 @@ from pipeline.devices.environment import timing_environment
 from pipeline.devices.kit import Elsewhere
 from pipeline.devices.measure import Patience, measure
 from pipeline.devices.profile import DeviceProfile
+from pipeline.devices.session import CPU
 from pipeline.engine import Cluster
 from pipeline.errors import ConfigError, RunFolderError, StaleArtifact
 from pipeline.ranks import ALONE, Place, Ranks, pack, place_in, unpack
@@ -69,19 +70,33 @@ class Run:
         return entry.make(self.task.image_shape, len(self.task.classes), self.config.space.settings)
 
     def bench(self, profile: DeviceProfile) -> Bench:
-        """The device's stopwatch; its profile must have one, and the profile stage must be done."""
+        """The device's stopwatch; its profile must have one, and the profile stage must be done. Raises
+        StaleArtifact where that measured another machine than this stopwatch would."""
         model = self.costs[profile.name].latency
         assert model is not None
+        environment = self.environment(profile)
+        self._require_measured_on(profile, environment)
         return Bench(
             self.space,
             profile,
             model,
             cache_dir=self.cache / "costs",
-            environment=self.environment(profile),
+            environment=environment,
             measure=self.stopwatch(profile),
             progress=self.progress,
             patience=self.patience[profile.name],
         )
+
+    def _require_measured_on(self, profile: DeviceProfile, environment: Json) -> None:
+        """A ratio to a reference network holds on the machine that it was measured on."""
+        then = self.costs_record(profile.name).get("environment") or environment
+        for part in ("cpu", "runtime") if profile.provider == CPU else environment:
+            if then.get(part) != environment[part]:
+                raise StaleArtifact(
+                    f"{self.costs_path(profile.name)}: was measured with another {part} ({then.get(part)}) "
+                    f"than there is now ({environment[part]}); go on there, or remove it and what stands "
+                    "below it to measure anew, or choose another --out"
+                )
 
     def stopwatch(self, profile: DeviceProfile, kit: Path | None = None) -> Measure:
         """What times files: this machine, a node of the cluster, or for a device elsewhere what was imported
@@ -145,7 +160,11 @@ class Run:
     @cached_property
     def input_hashes(self) -> dict[str, str]:
         """What everything in the run was made from."""
-        return {"space": sha256_json(self.space.fingerprint()), "data": self.task.fingerprint}
+        return {
+            "space": sha256_json(self.space.fingerprint()),
+            "data": self.task.fingerprint,
+            "augmentation": sha256_json(self.task.augmentation),
+        }
 
     def require_same_space(self) -> None:
         """For another process than the one that began: a space in a file may have been changed meanwhile, or
@@ -171,7 +190,7 @@ def open_run(root: Path, asked: RunConfig | None, progress: Progress) -> Run:
         require_run(root)
     there = parse(_without_header(read_yaml(path), path), str(path)) if path.exists() else None
     if asked is not None and asked != there:
-        if there is not None and _is_begun(root):
+        if there is not None and is_begun(root):
             changed = [k for k, v in asked.to_json().items() if v != there.to_json()[k]]
             raise StaleArtifact(
                 f"{root}: holds a run with another {', '.join(changed)}; choose another --out, "
@@ -183,16 +202,14 @@ def open_run(root: Path, asked: RunConfig | None, progress: Progress) -> Run:
     return Run(folder, config, progress)
 
 
-def measured_run(root: Path) -> Json | None:
-    """What a folder's run was asked for, in full; None where nothing was made from it yet, so that it can be
-    described anew."""
+def described_run(root: Path) -> Json | None:
+    """What a folder's run was asked for, in full; None where there is none."""
     path = root / RUN_FILE
-    if not path.exists() or not _is_begun(root):
-        return None
-    return _without_header(read_yaml(path), path)
+    return _without_header(read_yaml(path), path) if path.exists() else None
 
 
-def _is_begun(root: Path) -> bool:
+def is_begun(root: Path) -> bool:
+    """Whether anything was made from the run's description; until then it can be described anew."""
     return any((root / "costs").glob("*.json"))
 
 

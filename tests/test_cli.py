@@ -169,13 +169,25 @@ def test_flags_change_the_run_that_is_there(cli: Cli, finished: Path, tmp_path: 
 
 
 def test_a_run_of_which_nothing_was_made_is_described_anew(cli: Cli, tmp_path: Path) -> None:
-    """What followed from the first description does not stay: here the evaluator and its evaluations."""
+    """By flags that name images. What followed from the first description does not stay: here the evaluator
+    and its evaluations."""
     out = tmp_path / "run"
     darts = described(cli, out, "--space", "nb201", "--method", "darts")
     assert (darts["evaluator"]["name"], darts["search"]["evaluations"]) == ("relaxed", 600)
     shutil.rmtree(out / "costs")
-    again = described(cli, out, "--space", "nb201", "--method", "importance")
+    again = described(cli, out, "--data", "digits", "--space", "nb201", "--method", "importance")
     assert (again["evaluator"]["name"], again["search"]["evaluations"]) == ("one-shot", 400)
+
+
+def test_flags_change_a_run_of_which_nothing_was_made(cli: Cli, tmp_path: Path) -> None:
+    """One that waits for its device, or was stopped before its first measurement, is no other run for it."""
+    out = tmp_path / "run"
+    described(cli, out, "--data", "digits", "--space", "nb201", "--set", "data.limit=150")
+    shutil.rmtree(out / "costs")
+    changed = cli("profile", "--out", out, "--set", "retrain.epochs=300")
+    assert changed.code == 0, changed
+    found = yaml.safe_load((out / "run.yaml").read_text())
+    assert (found["space"]["name"], found["data"]["limit"], found["retrain"]["epochs"]) == ("nb201", 150, 300)
 
 
 def test_a_folder_of_images_without_the_word_is_understood(cli: Cli, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from pipeline.devices.session import RuntimeSettings
 from pipeline.errors import MeasurementError
 from pipeline.progress import Silent
 from pipeline.report.manifest import read_manifest
+from pipeline.stages.records import TIER_RECORDS
 from pipeline.types import Json, LatencyRecord
 
 RECORDS = ("arch", "train", "export", "measure")
@@ -185,6 +186,64 @@ def test_one_tier_is_redone_alone(cli: Cli, copied: Path) -> None:
     assert changed == {f"{DEVICE}/s/train.json", f"{DEVICE}/s/weights.safetensors"}
 
 
+@pytest.mark.parametrize("stage", ["derive", "retrain", "export", "measure", "report"])
+@pytest.mark.parametrize(
+    ("sections", "what"),
+    [
+        ({"data": {"name": "digits", "limit": 150}}, "data"),
+        ({"data": {**TINY["data"], "flip": True}}, "augmentation"),
+        ({"profiles": [{**TINY["profiles"][0], "opset": 19}]}, "profile"),
+    ],
+)
+def test_a_stage_alone_does_not_mix_what_was_made_from_something_else(
+    cli: Cli, copied: Path, stage: str, sections: Json, what: str
+) -> None:
+    """Above all the test split of other images, some of which the weights may have seen."""
+    rewrite(copied, **sections)
+    before = written(copied)
+    if stage in TIER_RECORDS:
+        (copied / DEVICE / "s" / f"{TIER_RECORDS[stage]}.json").unlink()
+        before.pop(f"{DEVICE}/s/{TIER_RECORDS[stage]}.json")
+    outcome = cli(stage, "--out", copied)
+    assert outcome.code == 2 and outcome.crash is None, outcome
+    assert re.match(rf"StaleArtifact: .*\.json: was made from another .*\b{what}\b", outcome.err), outcome.err
+    assert written(copied) == before
+
+
+def test_a_report_is_of_records_that_belong_together(cli: Cli, copied: Path) -> None:
+    """A tier that was trained anew needs its files anew."""
+    rewrite(copied, retrain={"epochs": 2})
+    for tier in TIERS:
+        (copied / DEVICE / tier / "train.json").unlink()
+    assert cli("retrain", "--out", copied).code == 0
+    outcome = cli("report", "--out", copied)
+    assert outcome.code == 2 and "export.json: was made from another weights" in outcome.err, outcome
+    for tier in TIERS:
+        (copied / DEVICE / tier / "export.json").unlink()
+        (copied / DEVICE / tier / "measure.json").unlink()
+    assert cli("run", "--out", copied).code == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "record"),
+    [
+        ("model.onnx", "export"),
+        ("model.batch1.onnx", "export"),
+        ("samples.npz", "export"),
+        ("weights.safetensors", "train"),
+    ],
+)
+def test_a_report_does_not_vouch_for_a_file_that_was_changed(
+    cli: Cli, copied: Path, name: str, record: str
+) -> None:
+    path = copied / DEVICE / "s" / name
+    path.write_bytes(path.read_bytes() + b"0")
+    outcome = cli("report", "--out", copied)
+    assert outcome.code == 2 and outcome.crash is None, outcome
+    remedy = path.with_name(f"{record}.json")
+    assert f"CorruptArtifact: {path}: is not the file that was made; remove {remedy}" in outcome.err
+
+
 def test_an_unknown_tier_is_told_which_there_are(cli: Cli, finished: Path) -> None:
     outcome = cli("retrain", "--tier", "xl", "--out", finished)
     assert outcome.code == 2 and f"no tier 'xl'; there are: {DEVICE}/s, {DEVICE}/l" in outcome.err
@@ -332,6 +391,22 @@ def test_a_tier_keeps_its_latency_on_the_device_or_is_not_shipped(
     benches = [run.bench(profile) for profile in run.config.profiles * 2]
     assert len({id(bench.patience) for bench in benches}) == 1, (
         "a device is waited for once, not bench by bench"
+    )
+
+
+def test_another_machine_s_costs_are_not_taken_for_this_one_s(
+    cli: Cli, stopwatch: Stopwatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiers = [{"name": "m", "limits": {"latency": "50 %"}}]
+    root = tmp_path / "run"
+    for words in (["profile", latency_yaml(tmp_path, tiers)], ["search"]):
+        assert cli(*words, "--out", root).code == 0
+    there = {**run_module.timing_environment(), "cpu": "a faster one"}
+    monkeypatch.setattr(run_module, "timing_environment", lambda: there)
+    outcome = cli("run", "--out", root)
+    assert outcome.code == 2 and outcome.crash is None, outcome
+    assert re.search(
+        r"StaleArtifact: .*cpu\.json: was measured with another cpu \(.*a faster one", outcome.err
     )
 
 

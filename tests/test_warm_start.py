@@ -50,6 +50,19 @@ def test_a_search_begins_where_another_ended_and_no_longer_needs_it(
     assert [row[0] for row in read_json(out / "search" / "result.json")["candidates"]] == seen
 
 
+def test_another_start_is_another_search(cli: Cli, tmp_path: Path, first_look: Path) -> None:
+    """Also where the first one's favourites were already copied."""
+    other, out = tmp_path / "other", tmp_path / "second"
+    assert searched(cli, {**TINY, "evaluator": "params", "seed": 1}, other).code == 0
+    assert searched(cli, asked_for(first_look), out).code == 0
+    written(out / "run.yaml", {**yaml.safe_load((out / "run.yaml").read_text()), **asked_for(other)})
+    assert "was made from another search settings" in cli("search", "--out", out).err
+    (out / "search" / "result.json").unlink()
+    assert cli("search", "--out", out).code == 0
+    liked = [row[:2] for row in read_json(other / "search" / "result.json")["candidates"]]
+    assert read_json(out / "search" / "earlier.json")["candidates"] == liked
+
+
 def test_a_run_that_has_not_searched_is_refused(cli: Cli, tmp_path: Path) -> None:
     refused = searched(cli, asked_for(tmp_path / "nothing"), tmp_path / "second")
     assert refused.code == 2 and "holds no finished search" in refused.err

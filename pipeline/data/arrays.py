@@ -64,6 +64,7 @@ def build_task(
     flip: bool,
     crop_padding: int,
     statistics_of: IntArray | None = None,
+    preparation: str = ImageTask.preparation,
 ) -> ImageTask:
     """An ImageTask with the content's fingerprint, and the channel statistics of the weights split, or
     of the images `statistics_of` alone."""
@@ -79,6 +80,7 @@ def build_task(
         flip=flip,
         crop_padding=crop_padding,
         fingerprint=fingerprint(classes, source, splits),
+        preparation=preparation,
     )
 
 

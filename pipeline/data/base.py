@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.types import IntArray
+from pipeline.types import IntArray, Json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +33,8 @@ class ImageTask:
     """`name` is what the user asked for (`cifar10`, `image-folder:PATH`); `fingerprint` is a content
     hash over images, labels and splits. `mean` and `std` are per channel, of the weights split, in 0..1.
     Training images are cropped after padding by `crop_padding`, or, with `resized_crop`, in the file's
-    own size and then resized, which the source must be able to do."""
+    own size and then resized, which the source must be able to do. `preparation` says how an image file
+    becomes pixels of `image_shape`, for who deploys a network."""
 
     name: str
     classes: tuple[str, ...]
@@ -45,12 +46,23 @@ class ImageTask:
     crop_padding: int
     fingerprint: str
     resized_crop: bool = False
+    preparation: str = "taken as it is"
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(channels, height, width)."""
         height, width, channels = self.source.shape
         return channels, height, width
+
+    @property
+    def colours(self) -> str:
+        """What the channels are, in order."""
+        return {1: "grey", 3: "RGB"}[self.image_shape[0]]
+
+    @property
+    def augmentation(self) -> Json:
+        """What training images go through at random."""
+        return {"flip": self.flip, "crop_padding": self.crop_padding, "resized_crop": self.resized_crop}
 
 
 class BatchStream(Protocol):

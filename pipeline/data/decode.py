@@ -147,6 +147,17 @@ class Decoder:
     def shape(self) -> tuple[int, int, int]:
         return self.size, self.size, self.channels
 
+    @property
+    def preparation(self) -> str:
+        """How a file becomes the square that a network is evaluated on, in words."""
+        size = f"{self.size} × {self.size}"
+        cut = (
+            f"shorter side resized to {_resized_side(self.size)} pixels, the centre {size} cut"
+            if self.original
+            else f"the largest centred square resized to {size}"
+        )
+        return f"EXIF orientation applied, transparency dropped; {cut}; bilinear with antialiasing (Pillow)"
+
     def kept_bytes(self, areas: NDArray[np.int64]) -> NDArray[np.int64]:
         """Bytes of the form that is kept, for images of these areas in pixels."""
         return self.channels * (areas if self.original else np.full(len(areas), self.size**2))
@@ -220,11 +231,15 @@ def crop_box(draws: FloatArray, width: int, height: int) -> tuple[int, int, int,
 def _centre(image: PilImage, size: int) -> PilImage:
     from PIL import Image
 
-    shorter, wanted = min(image.size), round(size / _EVALUATED_SHARE)
+    shorter, wanted = min(image.size), _resized_side(size)
     width, height = (wanted if side == shorter else int(wanted * side / shorter) for side in image.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
     resized = image.resize((width, height), Image.Resampling.BILINEAR)
     return resized.crop((left, top, left + size, top + size))
+
+
+def _resized_side(size: int) -> int:
+    return round(size / _EVALUATED_SHARE)
 
 
 def _eight_bit(image: PilImage, mode: str) -> PilImage:

@@ -176,6 +176,7 @@ class _Folder:
             ArrayImages(pixels, self.labels),
             self.splits,
             flip=self.settings.flip,
+            preparation=self.decoder.preparation,
             crop_padding=self.crop_padding,
             statistics_of=self.statistics_of,
         )
@@ -206,6 +207,7 @@ class _Folder:
             crop_padding=0 if self.decoder.original else self.crop_padding,
             fingerprint=fingerprint,
             resized_crop=self.decoder.original,
+            preparation=self.decoder.preparation,
         )
 
     def _fingerprint(self) -> str:

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from pipeline.artifacts import FileCheckpoint, sha256_json
+from pipeline.artifacts import FileCheckpoint
 from pipeline.costs.budgets import usage_of_budgets
 from pipeline.costs.table import LATENCY, CautiousCosts
 from pipeline.derive import Deriver, Remembered, Usage
@@ -21,13 +21,11 @@ from pipeline.run import Run
 from pipeline.search.nearest import Nearest, drawn_beside
 from pipeline.spaces.base import RelaxedSpace
 from pipeline.stages.jobs import Jobs, engine_for
-from pipeline.stages.misses import inputs_of_misses, misses_of, misses_path, stricter
+from pipeline.stages.lineage import current_record, inputs_of_tier
+from pipeline.stages.misses import misses_of, misses_path, stricter
 from pipeline.stages.networks import fresh_network, hash_of_recipe, searched_evaluator
 from pipeline.stages.records import (
     chosen_tiers,
-    find_record,
-    hash_of_record,
-    search_path,
     search_record,
     write_record,
 )
@@ -37,7 +35,7 @@ from pipeline.types import Arch, CostTable, Json, Tier
 
 def derive_stage(run: Run, only: str | None = None) -> None:
     tiers = chosen_tiers(run, only)
-    waiting = [t for t in tiers if find_record(run, t, "derive", _inputs(run, t)) is None]
+    waiting = [t for t in tiers if current_record(run, t, "derive") is None]
     if not waiting:
         return
     ranker_of, pool = _rankers(run), _candidate_pool(run)
@@ -57,7 +55,7 @@ def derive_stage(run: Run, only: str | None = None) -> None:
                 "trials": [trial.to_json() for trial in trials],
                 "seconds": seconds(),
             }
-            write_record(run, tier, "derive", record, _inputs(run, tier))
+            write_record(run, tier, "derive", record, inputs_of_tier(run, tier, "derive"))
 
 
 def _rankers(run: Run) -> Callable[[Tier], Remembered]:
@@ -68,14 +66,6 @@ def _rankers(run: Run) -> Callable[[Tier], Remembered]:
         return lambda tier: shared
     space = cast(RelaxedSpace, run.space)
     return lambda tier: Remembered(Nearest(space, np.array(mixes[run.tiers.index(tier)])), run.progress)
-
-
-def _inputs(run: Run, tier: Tier) -> dict[str, str]:
-    return {
-        "search": hash_of_record(run, search_path(run), "search"),
-        "derive": sha256_json(run.config.derive.model_dump()),
-        **inputs_of_misses(run, tier),
-    }
 
 
 @contextmanager

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import __version__
-from pipeline.artifacts import sha256_json, write_arrays
+from pipeline.artifacts import sha256_file, write_arrays
 from pipeline.devices.session import NVIDIA, RuntimeSettings, open_session
 from pipeline.run import Run
 from pipeline.stages.jobs import Jobs, engine_for
+from pipeline.stages.lineage import current_record, inputs_of_tier
 from pipeline.stages.lower_precision import (
     ASSESSED_AT_ONCE,
     accuracy_over,
@@ -21,10 +22,9 @@ from pipeline.stages.networks import trained_network
 from pipeline.stages.records import (
     arch_of,
     chosen_tiers,
-    find_record,
     onnx_path,
-    record_of,
     record_path,
+    samples_path,
     weights_path,
     write_record,
 )
@@ -37,11 +37,7 @@ if TYPE_CHECKING:
 def export_stage(run: Run, only: str | None = None) -> None:
     """ONNX files, parity on test images, and the final assessment: the one place that reads the test
     split."""
-    waiting = [
-        tier
-        for tier in chosen_tiers(run, only)
-        if find_record(run, tier, "export", _inputs(run, tier)) is None
-    ]
+    waiting = [tier for tier in chosen_tiers(run, only) if current_record(run, tier, "export") is None]
     if waiting:
         with engine_for(run, __name__, JOBS, _read_by_export, side_by_side=False) as engine:
             engine.map("export", [_export_job(run, tier) for tier in waiting], 1)
@@ -55,24 +51,12 @@ def _export_job(run: Run, tier: Tier) -> Json:
     return {**job, "device": profile.name, "gpus": int(profile.provider in NVIDIA)}
 
 
-def _inputs(run: Run, tier: Tier) -> dict[str, str]:
-    profile = run.profile(tier.device)
-    inputs = {
-        "weights": record_of(run, tier, "retrain")["sha256"],
-        "export": sha256_json(run.config.export.model_dump()),
-        "robustness": sha256_json(run.config.robustness.model_dump(mode="json")),
-    }
-    if profile.precision != "fp32":
-        inputs["precision"] = sha256_json([profile.precision, profile.int8.model_dump()])
-    return inputs
-
-
 def export_one(run: Run, job: Json) -> Json:
     from pipeline.data import held_out
     from pipeline.train.assess import assess, withstand
 
     tier = chosen_tiers(run, job["tier"])[0]
-    inputs, profile = _inputs(run, tier), run.profile(tier.device)
+    inputs, profile = inputs_of_tier(run, tier, "export"), run.profile(tier.device)
     run.progress.say(f"export {tier.key}")
     with run.timed() as seconds:
         network, settings = trained_network(run, tier), run.config.export
@@ -86,7 +70,7 @@ def export_one(run: Run, job: Json) -> Json:
         lower = None if profile.precision == "fp32" else _export_lower(run, tier, network, batches)
         if lower is not None and lower["precision"] == "int8":
             samples["logits_int8"] = _logits_of(onnx_path(run, tier, precision="int8"), samples["images"])
-        write_arrays(run.tier_path(tier, "samples.npz"), samples)
+        write_arrays(samples_path(run, tier), samples)
     record = {
         "files": files,
         "accuracy": {
@@ -95,6 +79,7 @@ def export_one(run: Run, job: Json) -> Json:
             "attacks": [result.to_json() for result in attacked],
         },
         "test_images": assessment.images,
+        "samples_sha256": sha256_file(samples_path(run, tier)),
         **({} if lower is None else {"lower": lower}),
         "seconds": seconds(),
     }
@@ -163,7 +148,8 @@ def _metadata(run: Run, tier: Tier) -> dict[str, str]:
     task = run.task
     return {
         "classes": json.dumps(list(task.classes)),
-        "input": "(pixel / 255 - mean) / std per channel, N×C×H×W",
+        "input": f"(pixel / 255 - mean) / std per channel, N×C×H×W, {task.colours}",
+        "preparation": task.preparation,
         "mean": json.dumps(list(task.mean)),
         "std": json.dumps(list(task.std)),
         "tier": tier.name,

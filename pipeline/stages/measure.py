@@ -13,12 +13,12 @@ from pipeline.devices.kit import Waiting
 from pipeline.devices.profile import DeviceProfile
 from pipeline.errors import BudgetMissed, NetworkRefused
 from pipeline.run import Run
+from pipeline.stages.lineage import current_record, inputs_of_tier
 from pipeline.stages.misses import can_choose_again, give_up
 from pipeline.stages.networks import fresh_network
 from pipeline.stages.records import (
     arch_of,
     chosen_tiers,
-    find_record,
     onnx_path,
     record_of,
     record_path,
@@ -46,9 +46,8 @@ def measure_stage(run: Run, only: str | None = None) -> None:
 def _measure_device(run: Run, profile: DeviceProfile, only: str | None) -> None:
     waiting = []
     for tier in (tier for tier in chosen_tiers(run, only) if tier.device == profile.name):
-        inputs = _inputs(run, tier)
-        if find_record(run, tier, "measure", inputs) is None:
-            waiting.append((tier, inputs))
+        if current_record(run, tier, "measure") is None:
+            waiting.append((tier, inputs_of_tier(run, tier, "measure")))
     if not waiting:
         return
     with run.timed() as seconds:
@@ -67,17 +66,6 @@ def _measure_device(run: Run, profile: DeviceProfile, only: str | None) -> None:
         for other in others:
             run.progress.say(str(other))
         raise worst
-
-
-def _inputs(run: Run, tier: Tier) -> dict[str, str]:
-    export = record_of(run, tier, "export")
-    inputs = {role: file["export"]["sha256"] for role, file in export["files"].items()}
-    if lower := export.get("lower"):
-        inputs |= {
-            f"{role} in {lower['precision']}": file["export"]["sha256"]
-            for role, file in lower["files"].items()
-        }
-    return inputs
 
 
 def _time_shipped(run: Run, profile: DeviceProfile, tiers: Sequence[Tier]) -> list[Latencies]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import replacing, sha256_file, sha256_json
+from pipeline.artifacts import replacing, sha256_file
 from pipeline.costs.budgets import resolve_tiers
 from pipeline.costs.counts import flops, module_flops, module_params, params
 from pipeline.costs.table import Measure, SpaceCosts, build_cost_table, export_for_timing
@@ -18,12 +18,13 @@ from pipeline.evaluators import EVALUATORS
 from pipeline.run import Run
 from pipeline.search.base import RELAXED
 from pipeline.spaces.base import Parted, SearchSpace, network_of_parts
+from pipeline.stages.lineage import current_costs, inputs_of_costs
 from pipeline.types import Json, LatencyRecord
 
 
 def profile_stage(run: Run) -> None:
     _refuse_unfit_space(run)
-    if any(_known(run, profile) is None for profile in run.config.profiles):
+    if any(current_costs(run, profile) is None for profile in run.config.profiles):
         _refuse_miscounting(run.space)
     waiting = Waiting()
     for profile in run.config.profiles:
@@ -33,7 +34,7 @@ def profile_stage(run: Run) -> None:
 
 
 def _profile_device(run: Run, profile: DeviceProfile) -> None:
-    if _known(run, profile) is not None:
+    if current_costs(run, profile) is not None:
         return
     if run.cluster is None:  # a cluster's device is asked by the first measurement
         _refuse_missing_provider(profile)
@@ -45,18 +46,11 @@ def _profile_device(run: Run, profile: DeviceProfile) -> None:
         "table": table.to_json(),
         "how": {key: value for key, value in how.items() if key not in ("space", "metrics", "latency")},
         "reference": reference,
+        "environment": None if table.latency is None or profile.elsewhere else run.environment(profile),
         "tiers": [tier.to_json() for tier in tiers],
     }
-    path, inputs = run.costs_path(profile.name), _inputs(run, profile)
+    path, inputs = run.costs_path(profile.name), inputs_of_costs(run, profile)
     run.folder.write_record(path, {**record, "seconds": seconds()}, inputs)
-
-
-def _known(run: Run, profile: DeviceProfile) -> Json | None:
-    return run.folder.read_record(run.costs_path(profile.name), _inputs(run, profile))
-
-
-def _inputs(run: Run, profile: DeviceProfile) -> dict[str, str]:
-    return {"space": run.input_hashes["space"], "profile": sha256_json(profile.model_dump(mode="json"))}
 
 
 def cost_table(run: Run, profile: DeviceProfile, kit: Path | None = None) -> tuple[SpaceCosts, Json]:

@@ -78,6 +78,11 @@ def weights_path(run: Run, tier: Tier) -> Path:
     return run.tier_path(tier, "weights.safetensors")
 
 
+def samples_path(run: Run, tier: Tier) -> Path:
+    """Some test images and what the network answers."""
+    return run.tier_path(tier, "samples.npz")
+
+
 def onnx_path(run: Run, tier: Tier, role: str = "onnx", precision: str = "fp32") -> Path:
     """`model.onnx`, `model.batch1.onnx`, `model.int8.onnx`, `model.int8.batch1.onnx`, …"""
     parts = [precision] * (precision != "fp32") + ["batch1"] * (role == "onnx-batch1")

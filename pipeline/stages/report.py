@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 
-from pipeline.artifacts import write_bytes
+from pipeline.artifacts import sha256_file, write_bytes
 from pipeline.derive import Trial
 from pipeline.devices.environment import describe_environment, package_versions
+from pipeline.errors import CorruptArtifact
 from pipeline.report import assemble
 from pipeline.report.html import render_report
 from pipeline.report.manifest import build_manifest, write_manifest
 from pipeline.run import Run, read_trace
 from pipeline.stages.misses import misses_of
-from pipeline.stages.records import TIER_RECORDS, record_of, search_record, timed_role, trace_path
+from pipeline.stages.records import (
+    TIER_RECORDS,
+    record_of,
+    record_path,
+    samples_path,
+    search_record,
+    timed_role,
+    trace_path,
+    weights_path,
+)
 from pipeline.types import Json, Tier
 
 
@@ -49,8 +60,22 @@ def report_stage(run: Run) -> Json:
 
 def _tier_entry(run: Run, tier: Tier) -> Json:
     records = {stage: record_of(run, tier, stage) for stage in TIER_RECORDS}
+    _require_made_files(run, tier, records)
     timed = timed_role(run.profile(tier.device))
     return assemble.tier_entry(run.folder.root, tier, run.tier_path(tier, "."), records, timed)
+
+
+def _require_made_files(run: Run, tier: Tier, records: Mapping[str, Json]) -> None:
+    """Raises CorruptArtifact where a file is not the one that its record tells of."""
+    export = records["export"]
+    exported = [*export["files"].values(), *export.get("lower", {}).get("files", {}).values()]
+    made = [(weights_path(run, tier), records["retrain"]["sha256"], "retrain")]
+    made += [(run.tier_path(tier, file["name"]), file["export"]["sha256"], "export") for file in exported]
+    made.append((samples_path(run, tier), export["samples_sha256"], "export"))
+    for path, digest, stage in made:
+        if not path.exists() or sha256_file(path) != digest:
+            record = record_path(run, tier, stage)
+            raise CorruptArtifact(f"{path}: is not the file that was made; remove {record} to make it again")
 
 
 def _trials(run: Run) -> list[tuple[Tier, list[Trial]]]:

@@ -9,7 +9,8 @@ from pipeline.artifacts import FileCheckpoint, sha256_file, write_bytes
 from pipeline.ranks import SharedCheckpoint
 from pipeline.run import Run
 from pipeline.stages.jobs import Jobs, engine_for
-from pipeline.stages.networks import fresh_network, hash_of_recipe, searched_evaluator, trained_network
+from pipeline.stages.lineage import current_record, inputs_of_tier
+from pipeline.stages.networks import fresh_network, searched_evaluator, trained_network
 from pipeline.stages.records import (
     arch_of,
     chosen_tiers,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 def retrain_stage(run: Run, only: str | None = None) -> None:
     """Largest tier first, since it may be the others' teacher; a network that several tiers share, once."""
     tiers = _largest_first(run, only)
-    waiting = [tier for tier in tiers if find_record(run, tier, "retrain", _inputs(run, tier)) is None]
+    waiting = [tier for tier in tiers if current_record(run, tier, "retrain") is None]
     teachers = waiting[:1] if run.config.retrain.distil is not None and waiting[:1] == tiers[:1] else []
     steps = run.config.retrain.steps(len(run.task.splits["weights"])) if waiting else 0
     with engine_for(run, __name__, JOBS, _read_by_retraining) as engine:
@@ -45,7 +46,7 @@ def retrain_stage(run: Run, only: str | None = None) -> None:
 def _adopt_twin(run: Run, tier: Tier) -> bool:
     """Take the weights of a tier that has the same network, trained from the same; whether the tier is
     trained then."""
-    inputs = _inputs(run, tier)
+    inputs = inputs_of_tier(run, tier, "retrain")
     if find_record(run, tier, "retrain", inputs) is not None:
         return True
     for twin in run.tiers:
@@ -58,21 +59,13 @@ def _adopt_twin(run: Run, tier: Tier) -> bool:
     return False
 
 
-def _inputs(run: Run, tier: Tier) -> dict[str, str]:
-    return {
-        **run.input_hashes,
-        "architecture": arch_of(run, tier).key,
-        "recipe": hash_of_recipe(run, run.config.retrain),
-    }
-
-
 def retrain_one(run: Run, job: Json) -> Json:
     from safetensors.torch import save
 
     from pipeline.train.retrain import retrain
 
     tier = chosen_tiers(run, job["tier"])[0]
-    inputs, largest = _inputs(run, tier), _largest_first(run)[0]
+    inputs, largest = inputs_of_tier(run, tier, "retrain"), _largest_first(run)[0]
     checkpoint = FileCheckpoint(_checkpoint_path(run, tier))
     network = _first_weights(run, arch_of(run, tier))
     record = retrain(

@@ -15,11 +15,11 @@ from pipeline.ranks import SharedCheckpoint
 from pipeline.run import Run, TraceFile
 from pipeline.search import METHODS
 from pipeline.search.problem import SearchProblem
+from pipeline.stages.lineage import inputs_of_evaluations, inputs_of_search
 from pipeline.stages.networks import fresh_evaluator
 from pipeline.stages.records import (
     SEARCH_RESULT,
     evaluator_path,
-    hash_of_record,
     search_path,
     trace_path,
 )
@@ -28,7 +28,7 @@ from pipeline.types import Arch, Candidate
 
 def search_stage(run: Run) -> None:
     path = search_path(run)
-    config, inputs = run.config, _inputs(run)
+    config, inputs = run.config, inputs_of_search(run)
     run.ranks.agree("search", inputs)
     if run.folder.read_record(path, inputs) is not None:
         return
@@ -62,44 +62,18 @@ def search_stage(run: Run) -> None:
     checkpoint.remove()
 
 
-def _inputs(run: Run) -> dict[str, str]:
-    config = run.config
-    return {
-        **_made_from(run),
-        "search settings": sha256_json(
-            [
-                config.method.to_json(),
-                config.evaluator.to_json(),
-                config.search.model_dump(mode="json"),
-                config.seed,
-            ]
-        ),
-    }
-
-
-RATES = {"learning_rate", "least_learning_rate"}
-"""Of an evaluator: may be lowered in a search that diverged, which then goes on."""
-
-
-def _made_from(run: Run) -> dict[str, str]:
-    devices = [profile.name for profile in run.config.profiles]
-    evaluator = run.config.evaluator.to_json()
-    return {
-        **run.input_hashes,
-        "evaluator": sha256_json({key: value for key, value in evaluator.items() if key not in RATES}),
-        **{f"costs of {name}": hash_of_record(run, run.costs_path(name), "profile") for name in devices},
-    }
-
-
 def _earlier(run: Run) -> tuple[Candidate, ...]:
     """What the run named by `search.start_from` looked at. It is read once, and kept beside this search, so
     that the other folder may go. Raises RunFolderError where that has not searched, ConfigError where it
     searched another space."""
-    if run.config.search.start_from is None:
+    named = run.config.search.start_from
+    if named is None:
         return ()
     path = run.folder.path("search", "earlier.json")
-    if run.ranks.rank == 0 and run.folder.read_record(path) is None:
-        _copy_earlier(run, Path(run.config.search.start_from), path)
+    if run.ranks.rank == 0:
+        kept = run.folder.read_record(path)
+        if kept is None or kept["inputs"].get("start_from") != sha256_json(named):
+            _copy_earlier(run, Path(named), path)
     content = run.ranks.from_first(path.read_bytes() if run.ranks.rank == 0 else b"")
     return tuple(
         Candidate(Arch(run.space.name, tuple(choices)), loss)
@@ -120,7 +94,8 @@ def _copy_earlier(run: Run, root: Path, path: Path) -> None:
             "settings, image shape and classes; name a run of the same space"
         )
     candidates = [[choices, loss] for choices, loss, _ in found["candidates"]]
-    run.folder.write_record(path, {"candidates": candidates}, {"space": space})
+    inputs = {"space": space, "start_from": sha256_json(run.config.search.start_from)}
+    run.folder.write_record(path, {"candidates": candidates}, inputs)
 
 
 def search_problem(run: Run, earlier: tuple[Candidate, ...] = ()) -> SearchProblem:
@@ -142,7 +117,7 @@ def search_problem(run: Run, earlier: tuple[Candidate, ...] = ()) -> SearchProbl
         fit_samples=fit_samples,
         train_in_search=search.train_in_search,
         seed=run.config.seed,
-        made_from=_made_from(run),
+        made_from=inputs_of_evaluations(run),
         earlier=earlier,
         ranks=run.ranks,
     )

@@ -233,6 +233,7 @@ class _Run:
             "recipe": recipe.model_dump(mode="json"),
             "seed": seed,
             "data": task.fingerprint,
+            "augmentation": task.augmentation,
             "first weights": _digest(network),
             "teacher": _digest(teacher) if teacher is not None else None,
         }

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -204,6 +205,25 @@ def test_a_folder_that_cannot_be_listed_is_named(
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(DataError, match=r"dog: cannot be read .Permission denied.; check the path"):
         load(folder)
+
+
+def test_what_is_hidden_is_no_image(make_folder: MakeFolder) -> None:
+    folder = make_folder()
+    for hidden in (".thumbnails", ".ipynb_checkpoints/deeper"):
+        (folder / "cat" / hidden).mkdir(parents=True)
+        shutil.copy(folder / "cat" / "0.png", folder / "cat" / hidden)
+    shutil.copy(folder / "cat" / "0.png", folder / "cat" / "._0.png")
+    assert len(load(folder).source.labels) == 10
+
+
+def test_the_way_from_a_file_to_pixels_is_told(make_folder: MakeFolder) -> None:
+    folder = make_folder(size=(40, 30))
+    square = load(folder, image_size=16)
+    assert "the largest centred square resized to 16 × 16" in square.preparation
+    resized = load(folder, image_size=16, crop="resized")
+    assert "shorter side resized to 18 pixels, the centre 16 × 16 cut" in resized.preparation
+    assert square.augmentation == {"flip": True, "crop_padding": 2, "resized_crop": False}
+    assert resized.augmentation["resized_crop"] and square.colours == "RGB"
 
 
 def test_a_link_back_to_the_class_does_not_count_its_images_again(make_folder: MakeFolder) -> None:

@@ -10,6 +10,7 @@ from sample_run import latency_record, linear_onnx
 
 from pipeline.artifacts import read_json, sha256_file, write_json
 from pipeline.devices.environment import describe_environment
+from pipeline.devices.hardware import cpu_model
 from pipeline.devices.measure import ATTEMPTS, Patience
 from pipeline.devices.session import RuntimeSettings, open_session
 from pipeline.errors import ConfigError, ProviderError, RunFolderError
@@ -187,6 +188,18 @@ def with_reference(run: Path) -> Path:
     return reference
 
 
+def made_here(run: Path, timed_on: str) -> None:
+    """The manifest on this machine, its latencies on a processor of this name."""
+
+    def change(record: Any) -> None:
+        record["environment"] = describe_environment()
+        for latency in (file["latency"] for tier in record["tiers"] for file in tier["files"]):
+            if latency is not None:
+                latency["context"]["cpu"] = timed_on
+
+    edit(run, change)
+
+
 def test_the_recorded_reference_corrects_a_slow_moment(run: Path) -> None:
     reference = with_reference(run)
     clock = Clock(
@@ -205,7 +218,7 @@ def test_the_reference_does_not_excuse_a_slower_machine(run: Path) -> None:
 
 def test_a_slow_hour_of_the_run_s_own_machine_is_waited_for_and_corrected(run: Path) -> None:
     with_reference(run)
-    edit(run, lambda record: record.update(environment=describe_environment()))
+    made_here(run, cpu_model())
     slept: list[float] = []
     clock = Clock(0.14, 0.29, 0.59, drift=1.4)
     results = verify(run, measure=clock, patience=Patience(sleep=slept.append))
@@ -216,6 +229,16 @@ def test_a_slow_hour_of_the_run_s_own_machine_is_waited_for_and_corrected(run: P
     assert note.startswith("0.140 ms") and "corrected, since the reference takes 1.40 times" in note
     too_slow = Clock(0.14, 0.29, 0.59, drift=1.6)
     assert len(failed(verify(run, measure=too_slow, patience=Patience(attempts=1)))) == 3
+
+
+def test_a_device_of_another_processor_is_not_this_machine(run: Path) -> None:
+    """Where the manifest was written here, but not the device's latencies: on a cluster's node, or before the
+    folder came here. A slower machine is not excused then."""
+    with_reference(run)
+    made_here(run, "another one")
+    clock = Clock(0.14, 0.29, 0.59, drift=1.4)
+    refuse = Patience(sleep=lambda seconds: pytest.fail("waited"))
+    assert len(failed(verify(run, measure=clock, patience=refuse))) == 3
 
 
 def test_another_machine_is_not_waited_for(run: Path) -> None:

@@ -234,6 +234,7 @@ def test_checkpoints_are_as_rare_as_asked(toy_network: MakeNetwork, task: ImageT
         ({"seed": 1}, "seed"),
         ({"network": 5}, "first weights"),
         ({"task": 0.1}, "data"),
+        ({"flip": False}, "augmentation"),
     ],
 )
 def test_another_trainings_checkpoint_is_reported_and_not_used(
@@ -242,7 +243,8 @@ def test_another_trainings_checkpoint_is_reported_and_not_used(
     checkpoint = _Memory()
     train(toy_network(), toy_task(), checkpoint=checkpoint)
     asked = {"network": 0, "task": 0.0, "seed": 0, "recipe": SHORT} | change
-    asked |= {"network": toy_network(asked["network"]), "task": toy_task(asked["task"])}
+    images = dataclasses.replace(toy_task(asked["task"]), flip=asked.pop("flip", True))
+    asked |= {"network": toy_network(asked["network"]), "task": images}
     fresh = copy.deepcopy(asked["network"])
     progress = _Loud()
     record = train(**asked, checkpoint=checkpoint, progress=progress)
