@@ -64,7 +64,7 @@ def replacing(path: Path) -> Iterator[Path]:
     draft = Path(name)
     try:
         yield draft
-        with draft.open("rb") as file:
+        with draft.open("r+b") as file:  # Windows flushes only what may be written
             os.fsync(file.fileno())
         draft.chmod(0o644)
         draft.replace(path)
