@@ -177,6 +177,8 @@ def _finish(
     import onnx
 
     clean(model)
+    # what the opset asks for, not what this onnx writes: a device's runtime may be older
+    model.ir_version = onnx.helper.find_min_ir_version_for(model.opset_import, ignore_unknown=True)
     onnx.helper.set_model_props(model, dict(sorted(metadata.items())))
     _refuse_unfolded(model.graph)
     with _translated("exported graph"):

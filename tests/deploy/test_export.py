@@ -56,6 +56,14 @@ def test_record_describes_the_file_and_the_network_is_left_alone(network: nn.Mod
     assert (record.opset, record.ir_version) == (model.opset_import[0].version, model.ir_version)
 
 
+def test_the_format_is_no_newer_than_the_opset_asks_for(dynamic_file: Path, static_file: Path) -> None:
+    """IR 9 goes with opset 20, and ONNX Runtime 1.17 reads both; it refuses IR 10."""
+    for file in (dynamic_file, static_file):
+        model = onnx.load(file)
+        assert (model.opset_import[0].version, model.ir_version) == (20, 9)
+        assert not any(node.metadata_props for node in model.graph.node), "a field of IR 10"
+
+
 def test_same_weights_give_the_same_bytes_in_another_process_and_folder(
     dynamic_file: Path, tmp_path: Path
 ) -> None:
