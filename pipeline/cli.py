@@ -508,6 +508,9 @@ def kit_make(
     space: Space = None,
     seed: Seed = None,
     settings: Set = None,
+    again: Annotated[
+        bool, typer.Option("--again", help="Time once more what is known: the device has changed.")
+    ] = False,
     verify: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Check this finished run's family there instead.")
     ] = None,
@@ -519,8 +522,8 @@ def kit_make(
         if verify is None:
             if device is not None:
                 raise ConfigError("--device chooses a finished run's device: it goes with --verify")
-            made = _calibration_kit(config, flags, settings or [], out)
-        elif config is None and not flags and not settings:
+            made = _calibration_kit(config, flags, settings or [], out, again)
+        elif config is None and not flags and not settings and not again:
             from pipeline.devices.kit import pack_family
             from pipeline.report.manifest import read_manifest
 
@@ -529,13 +532,16 @@ def kit_make(
         else:
             raise ConfigError("--verify RUN takes everything from that run: leave what describes one out")
         if not made:
-            typer.echo("nothing to time: the device's results are imported; go on with `budgetline run`")
+            typer.echo(
+                "nothing to time: the device's results are imported; go on with `budgetline run`, or say "
+                "--again where the device has changed"
+            )
             return
         then = "exit 1 there where a check fails" if verify else "then `budgetline kit import results.json`"
         typer.echo(f"{out}: unpack it on the device and run `python runner.py` in its folder; {then}")
 
 
-def _calibration_kit(config: Path | None, flags: Json, settings: list[str], out: Path) -> bool:
+def _calibration_kit(config: Path | None, flags: Json, settings: list[str], out: Path, again: bool) -> bool:
     from pipeline.artifacts import RunFolder
     from pipeline.config import parse
     from pipeline.run import Run
@@ -543,9 +549,8 @@ def _calibration_kit(config: Path | None, flags: Json, settings: list[str], out:
     from pipeline.ui import progress_for
 
     wanted, where = _wanted(config, flags, settings)
-    return calibration_kit(
-        Run(RunFolder(out.parent), parse(wanted or {}, where), progress_for(_console())), out
-    )
+    run = Run(RunFolder(out.parent), parse(wanted or {}, where), progress_for(_console()))
+    return calibration_kit(run, out, again)
 
 
 @kit.command("import", epilog="Example: budgetline kit import results.json")

@@ -75,7 +75,7 @@ class Run:
         model = self.costs[profile.name].latency
         assert model is not None
         environment = self.environment(profile)
-        self._require_measured_on(profile, environment)
+        self._require_measured_on(profile)
         return Bench(
             self.space,
             profile,
@@ -87,22 +87,27 @@ class Run:
             patience=self.patience[profile.name],
         )
 
-    def _require_measured_on(self, profile: DeviceProfile, environment: Json) -> None:
-        """A ratio to a reference network holds on the machine that it was measured on."""
-        then = self.costs_record(profile.name).get("environment") or environment
-        for part in ("cpu", "runtime") if profile.provider == CPU else environment:
-            if then.get(part) != environment[part]:
+    def measured_on(self, profile: DeviceProfile) -> Json:
+        """What a ratio to the reference network hangs on beside the profile's own words: `threads: null` is
+        every core that there is."""
+        return {**self.environment(profile), "threads": profile.fingerprint()["threads"]}
+
+    def _require_measured_on(self, profile: DeviceProfile) -> None:
+        now = self.measured_on(profile)
+        then = self.costs_record(profile.name).get("measured_on") or now
+        for part in ["cpu", "runtime", "threads", *(["gpu"] if profile.provider != CPU else [])]:
+            if then.get(part) != now.get(part):
                 raise StaleArtifact(
                     f"{self.costs_path(profile.name)}: was measured with another {part} ({then.get(part)}) "
-                    f"than there is now ({environment[part]}); go on there, or remove it and what stands "
-                    "below it to measure anew, or choose another --out"
+                    f"than there is now ({now.get(part)}); go on there, or remove it and what stands below "
+                    "it to measure anew, or choose another --out"
                 )
 
-    def stopwatch(self, profile: DeviceProfile, kit: Path | None = None) -> Measure:
+    def stopwatch(self, profile: DeviceProfile) -> Measure:
         """What times files: this machine, a node of the cluster, or for a device elsewhere what was imported
-        from it; what is missing is then packed into `kit`, by default in the run's folder."""
+        from it; what is missing is then packed into a kit in the run's folder."""
         if profile.elsewhere:
-            return self._elsewhere(profile, kit)
+            return self._elsewhere(profile)
         return measure if self.cluster is None else self.cluster.stopwatch(profile)
 
     def environment(self, profile: DeviceProfile) -> Json:
@@ -113,10 +118,8 @@ class Run:
             return timing_environment()
         return self.cluster.environment(profile)
 
-    def _elsewhere(self, profile: DeviceProfile, kit: Path | None = None) -> Elsewhere:
-        return Elsewhere(
-            profile, self.cache / "costs", kit or self.folder.path("kits", f"{profile.name}.zip")
-        )
+    def _elsewhere(self, profile: DeviceProfile) -> Elsewhere:
+        return Elsewhere(profile, self.cache / "costs", self.folder.path("kits", f"{profile.name}.zip"))
 
     def costs_path(self, device: str) -> Path:
         return self.folder.path("costs", f"{device}.json")

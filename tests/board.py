@@ -64,13 +64,13 @@ def manifest_in(zipped: Path) -> Json:
         return found
 
 
-def carried_out(zipped: Path, folder: Path, latency_of: Callable[[Path], float]) -> Path:
+def carried_out(zipped: Path, folder: Path, latency_of: Callable[[Path], float], **changed: Any) -> Path:
     """The results file of a kit, and the kit unpacked beside it; `latency_of` maps a file to ms."""
     with zipfile.ZipFile(zipped) as archive:
         archive.extractall(folder)
     [record] = folder.glob("*/kit.json")
     kit = json.loads(record.read_text())
     now_ms = latency_of(record.parent / kit["jobs"][0]["reference"])
-    results = answers(kit, now_ms, lambda name: latency_of(record.parent / name))
+    results = answers(kit, now_ms, lambda name: latency_of(record.parent / name), **changed)
     write_json(record.parent / "results.json", results)
     return record.parent / "results.json"

@@ -37,7 +37,7 @@ SURFACE = {
     "report": "--out",
     "dps": "--known --out --evaluations --members --jacov/--no-jacov --held-back [config] --data --space "
     "--seed --device --set",
-    "kit make": "--out [config] --profile --data --space --seed --set --verify --device",
+    "kit make": "--out [config] --profile --data --space --seed --set --again --verify --device",
     "kit import": "results --profile",
     "list": "[folder] --json",
     "verify": "run_folder --device --remeasure/--no-remeasure --json",

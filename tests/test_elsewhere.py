@@ -100,6 +100,32 @@ def test_a_run_for_a_device_elsewhere(cli: Cli, tmp_path: Path, carry: Callable[
     assert again.code == 0 and "nothing to time" in again.out and not (tmp_path / "first.zip").exists()
 
 
+def test_a_device_that_changed_is_asked_again_and_not_mixed_with_what_it_was(
+    cli: Cli, tmp_path: Path, carry: Callable[..., None]
+) -> None:
+    """A board whose runtime is newer than when the run was calibrated on it."""
+    described, root, again = write(tmp_path, "mended"), tmp_path / "run", tmp_path / "again.zip"
+    kit = root / "kits" / "mended.zip"
+    waits(cli, "run", described, "--out", root)
+    carry(kit)
+    waits(cli, "run", "--out", root)
+
+    newer = {**BOARD, "runtime": {"onnxruntime": "1.24.0"}}
+    results = carried_out(kit, tmp_path / "newer", known_ms, environment=newer)
+    outcome = cli("kit", "import", results)
+    assert outcome.code == 2 and "calibrate again with `budgetline kit make --again`" in outcome.err, outcome
+    made = cli("kit", "make", described, "--out", again, "--again")
+    assert made.code == 0 and f"{again}: unpack it on the device" in made.out, made
+    assert len(manifest_in(again)["jobs"][0]["models"]) == 8
+    outcome = cli("kit", "import", carried_out(again, tmp_path / "there-again", known_ms, environment=newer))
+    assert outcome.code == 0 and "it has changed since it was calibrated before" in outcome.out, outcome
+
+    outcome = cli("run", "--out", root)
+    assert outcome.code == 2 and outcome.crash is None, outcome
+    assert "mended.json: was measured with another runtime ({'onnxruntime': '1.23.0'})" in outcome.err
+    assert cli("profile", described, "--out", tmp_path / "anew").code == 0, "a new run takes it"
+
+
 def test_every_device_s_kit_is_there_when_a_run_stops(cli: Cli, tmp_path: Path) -> None:
     described, root = write(tmp_path, "one", "two"), tmp_path / "run"
     told = waits(cli, "profile", described, "--out", root)

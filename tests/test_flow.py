@@ -20,6 +20,7 @@ from tiny_run import DEVICE, TIERS, TINY, Cli
 from pipeline import run as run_module
 from pipeline.artifacts import sha256_file
 from pipeline.costs import bench
+from pipeline.devices import profile as device_profile
 from pipeline.devices.measure import Patience
 from pipeline.devices.session import RuntimeSettings
 from pipeline.errors import MeasurementError
@@ -401,13 +402,30 @@ def test_another_machine_s_costs_are_not_taken_for_this_one_s(
     root = tmp_path / "run"
     for words in (["profile", latency_yaml(tmp_path, tiers)], ["search"]):
         assert cli(*words, "--out", root).code == 0
-    there = {**run_module.timing_environment(), "cpu": "a faster one"}
-    monkeypatch.setattr(run_module, "timing_environment", lambda: there)
+    here = run_module.timing_environment()
+    for part in ("cpu", "runtime"):
+        there = {**here, part: "another one"}
+        monkeypatch.setattr(run_module, "timing_environment", lambda there=there: there)
+        outcome = cli("run", "--out", root)
+        assert outcome.code == 2 and outcome.crash is None, outcome
+        message = rf"StaleArtifact: .*cpu\.json: was measured with another {part} \(.*another one"
+        assert re.search(message, outcome.err), outcome.err
+
+
+def test_every_core_is_as_many_as_when_costs_were_measured(
+    cli: Cli, stopwatch: Stopwatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`threads: null` in a smaller container: other latencies for the same words."""
+    described, root = latency_yaml(tmp_path, [{"name": "m", "limits": {"latency": "50 %"}}]), tmp_path / "run"
+    words = yaml.safe_load(described.read_text())
+    words["profiles"][0]["threads"] = None
+    described.write_text(yaml.safe_dump(words))
+    monkeypatch.setattr(device_profile, "usable_cores", lambda: (0, 1, 2, 3, 4, 5, 6, 7))
+    for stage in (["profile", described], ["search"]):
+        assert cli(*stage, "--out", root).code == 0
+    monkeypatch.setattr(device_profile, "usable_cores", lambda: (0, 1))
     outcome = cli("run", "--out", root)
-    assert outcome.code == 2 and outcome.crash is None, outcome
-    assert re.search(
-        r"StaleArtifact: .*cpu\.json: was measured with another cpu \(.*a faster one", outcome.err
-    )
+    assert outcome.code == 2 and "was measured with another threads (8) than there is now (2)" in outcome.err
 
 
 def test_a_disturbed_machine_is_waited_for_before_it_is_profiled(

@@ -64,9 +64,11 @@ def describe_environment() -> Json:
 
 def timing_environment() -> Json:
     """What of this machine decides a latency, beside the profile: a measurement is good only where it is
-    equal."""
-    runtimes = package_versions(("onnxruntime", "onnxruntime-gpu"))
-    return {"cpu": cpu_model(), "gpu": list(gpu_models()), "runtime": runtimes}
+    equal. Where GPUs of several kinds are there, it also hangs on which of them are visible."""
+    gpus, visible = list(gpu_models()), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if len(set(gpus)) > 1 and visible is not None:
+        gpus.append(f"of which visible: {visible}")
+    return {"cpu": cpu_model(), "gpu": gpus, "runtime": package_versions(sorted(_RUNTIMES))}
 
 
 def is_this_machine(recorded: Mapping[str, object]) -> bool:

@@ -7,25 +7,68 @@ import gc
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 CPU_FOLDER = Path("/sys/devices/system/cpu")
+CPU_INFO = Path("/proc/cpuinfo")
+BOARD = Path("/proc/device-tree/model")
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUP = Path("/proc/self/cgroup")
 _WATCH_SECONDS = 0.2
 
 
 def usable_cores() -> tuple[int, ...]:
+    """As many of the cores this process may run on as it may keep busy, in ascending order: a container's
+    share of processor time may be that of fewer."""
+    cores, quota = _allowed_cores(), core_quota()
+    return cores if quota is None else cores[: max(1, int(quota))]
+
+
+def _allowed_cores() -> tuple[int, ...]:
     """The cores this process may run on, in ascending order (all of them where the system cannot say)."""
     if hasattr(os, "sched_getaffinity"):
         return tuple(sorted(os.sched_getaffinity(0)))
     return tuple(range(os.cpu_count() or 1))
 
 
+def core_quota() -> float | None:
+    """Cores' worth of processor time that this process' control group is given (`docker run --cpus`, a
+    Kubernetes limit); None where it is not limited. The least of all groups above it counts."""
+    quotas = [_quota(folder) for folder in _cgroup_folders()]
+    return min((quota for quota in quotas if quota is not None), default=None)
+
+
+def _cgroup_folders() -> list[Path]:
+    """Of this process' groups and all above them, in version 2 and version 1 of the hierarchy."""
+    folders: list[Path] = []
+    for line in _read(OWN_CGROUP).splitlines() or ["0::/"]:
+        number, controllers, own = (*line.split(":", 2), "", "")[:3]
+        if number != "0" and "cpu" not in controllers.split(","):
+            continue
+        root = CGROUPS if number == "0" else CGROUPS / "cpu"
+        inner = root / own.lstrip("/")
+        folders += [inner, *(parent for parent in inner.parents if parent.is_relative_to(root))]
+    return folders
+
+
+def _quota(folder: Path) -> float | None:
+    text = _read(folder / "cpu.max").split()
+    if not text:
+        text = [_read(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period")]
+    try:
+        share, period = map(float, text)
+    except ValueError:  # not there, or max
+        return None
+    return share / period if share > 0 and period > 0 else None
+
+
 def quiet_cores(count: int) -> tuple[int, ...]:
     """`count` of the usable cores to measure on: the fastest kind first, one thread per physical core before
     its siblings, then the ones that do least at this moment."""
-    cores = usable_cores()
+    cores = _allowed_cores()
     if count >= len(cores):
         return cores
     busy = _busy_seconds(cores)
@@ -79,27 +122,36 @@ def _busy_ticks() -> dict[int, int]:
 
 
 def cpu_model() -> str:
-    """The processor's name, as precise as the system gives it."""
-    for line in _read(Path("/proc/cpuinfo")).splitlines():
+    """The processor's name, as precise as the system gives it; on ARM, whose Linux has none, the board and
+    the kinds of cores by number."""
+    told: dict[str, list[str]] = {}
+    for line in _read(CPU_INFO).splitlines():
         key, _, value = line.partition(":")
-        if key.strip() in ("model name", "Model", "Hardware"):
-            return value.strip()
-    return platform.processor() or platform.machine()
+        told.setdefault(key.strip(), []).append(value.strip())
+    for key in ("model name", "Model", "Hardware"):
+        if key in told:
+            return told[key][0]
+    numbers = (told.get(f"CPU {key}", []) for key in ("implementer", "part", "revision"))
+    kinds = map(lambda *of_core: "-".join(of_core), *numbers)
+    parts = [_read(BOARD).rstrip("\0"), *dict.fromkeys(kinds)]
+    if sys.platform == "darwin":
+        parts.append(_asked("sysctl", "-n", "machdep.cpu.brand_string"))
+    return ", ".join(filter(None, parts)) or platform.processor() or platform.machine()
 
 
 def gpu_models() -> tuple[str, ...]:
     """Names of the NVIDIA GPUs, by nvidia-smi; empty when there is none or it does not answer in 5 s."""
+    answer = _asked("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+    return tuple(line.strip() for line in answer.splitlines() if line.strip())
+
+
+def _asked(*words: str) -> str:
+    """What a program answers within 5 s; empty where it does not."""
     try:
-        answer = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=True,
-        )
+        answer = subprocess.run(words, capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):
-        return ()
-    return tuple(line.strip() for line in answer.stdout.splitlines() if line.strip())
+        return ""
+    return answer.stdout.strip()
 
 
 def load_average() -> float | None:

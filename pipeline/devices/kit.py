@@ -29,7 +29,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from pipeline import __version__
 from pipeline.artifacts import inside, read_json, replacing, sha256_file, sha256_json, write_json
 from pipeline.devices.book import Book
-from pipeline.devices.measure import MAX_SPREAD, ROUNDS
+from pipeline.devices.measure import MAX_SPREAD, REFUSED_DRIFT, ROUNDS
 from pipeline.devices.on_device import KIT_FILE, RESULTS_FILE, SCHEMA
 from pipeline.devices.profile import NO_DEVICE, DeviceProfile
 from pipeline.devices.session import CPU, RuntimeSettings
@@ -37,6 +37,7 @@ from pipeline.errors import (
     AwaitingDevice,
     ConfigError,
     CorruptArtifact,
+    MeasurementError,
     ProfileError,
     RunFolderError,
     StaleArtifact,
@@ -214,16 +215,17 @@ def _json_bytes(record: Json) -> bytes:
 
 class Elsewhere:
     """Times files on a device that is not this machine: a `pipeline.costs.table.Measure` that knows what was
-    imported. What is missing is packed into `kit`, and AwaitingDevice says what to do with it."""
+    imported. What is missing is packed into `kit`, and AwaitingDevice says what to do with it. `afresh` takes
+    nothing for known: the device has changed since."""
 
-    def __init__(self, profile: DeviceProfile, cache_dir: Path, kit: Path) -> None:
-        self.profile, self.cache_dir, self.kit = profile, cache_dir, kit
+    def __init__(self, profile: DeviceProfile, cache_dir: Path, kit: Path, afresh: bool = False) -> None:
+        self.profile, self.cache_dir, self.kit, self.afresh = profile, cache_dir, kit, afresh
         self.book = Book.of(profile, cache_dir)
 
     @property
     def environment(self) -> Json:
         """Processor, GPUs and runtime of the device; empty before its first results are imported."""
-        return self.book.environment
+        return {} if self.afresh else self.book.environment
 
     def __call__(
         self,
@@ -242,13 +244,13 @@ class Elsewhere:
             return []
         reference = reference or models[0]
         digests = [sha256_file(path) for path in models]
-        found = self.book.find(digests, sha256_file(reference), reference_nominal_ms)
-        missing = {digest: path for digest, path in zip(digests, models, strict=True) if digest not in found}
+        known = {} if self.afresh else self.book.find(digests, sha256_file(reference), reference_nominal_ms)
+        missing = {digest: path for digest, path in zip(digests, models, strict=True) if digest not in known}
         if missing:
             job = Job(tuple(missing.values()), reference, rounds, seed, max_spread, reference_nominal_ms)
             self._pack(job, settings)
             raise AwaitingDevice(self._what_to_do(job))
-        return [found[digest] for digest in digests]
+        return [known[digest] for digest in digests]
 
     def _pack(self, job: Job, settings: RuntimeSettings) -> None:
         manifest = pack(self.kit, self.profile, settings, job)
@@ -376,7 +378,7 @@ def import_results(path: Path, cache_dir: Path, profile: DeviceProfile | None = 
     if before and before != now and not calibrates:
         raise StaleArtifact(
             f"{path}: was measured on {_in_words(now)}, but '{kit['device']}' was calibrated on "
-            f"{_in_words(before)}; run the kit there, or calibrate again with `budgetline kit make`"
+            f"{_in_words(before)}; run the kit there, or calibrate again with `budgetline kit make --again`"
         )
     if before != now:
         book.begin(now)
@@ -511,6 +513,11 @@ def _checked_record(timed: _Timed, job: Json, kit: Json, path: Path) -> LatencyR
     )
     if not agree:
         raise _unfit(path, f"{where}: its times contradict each other")
+    if timed.drift > 1 + REFUSED_DRIFT:
+        raise MeasurementError(
+            f"{path}: the device was {timed.drift:.2f} times slower than when it was calibrated, over "
+            f"{REFUSED_DRIFT:.0%} more, so no budget can be judged; run the kit again when it is idle"
+        )
     record = LatencyRecord(**timed.model_dump(exclude={"visits"}))
     return replace(record, context={**record.context, "kit": kit["id"]})
 

@@ -44,6 +44,7 @@ def main(folder: str, arguments: Sequence[str]) -> int:
     asked = parser.parse_args(arguments)
     try:
         kit = Kit.open(Path(folder))
+        _draft_of(asked.out).touch()  # what cannot be written is told before anything is timed
         results = kit.run()
         _write(asked.out, results)
     except BudgetlineError as error:
@@ -310,12 +311,16 @@ def _sha256(path: Path) -> str | None:
 
 
 def _write(path: Path, results: Json) -> None:
-    draft = path.with_name(f".{path.name}.draft")
+    draft = _draft_of(path)
     try:
         draft.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     except ValueError:
         raise MeasurementError("a time is not a number; run it again") from None
     os.replace(draft, path)
+
+
+def _draft_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.draft")
 
 
 def _counter(total: int) -> Callable[[int, str], None]:

@@ -10,7 +10,7 @@ from pipeline.costs.budgets import resolve_tiers
 from pipeline.costs.counts import flops, module_flops, module_params, params
 from pipeline.costs.table import Measure, SpaceCosts, build_cost_table, export_for_timing
 from pipeline.devices.environment import probe_model
-from pipeline.devices.kit import Waiting
+from pipeline.devices.kit import Elsewhere, Waiting
 from pipeline.devices.profile import DeviceProfile
 from pipeline.devices.session import NVIDIA, open_session
 from pipeline.errors import AwaitingDevice, ConfigError
@@ -46,22 +46,29 @@ def _profile_device(run: Run, profile: DeviceProfile) -> None:
         "table": table.to_json(),
         "how": {key: value for key, value in how.items() if key not in ("space", "metrics", "latency")},
         "reference": reference,
-        "environment": None if table.latency is None or profile.elsewhere else run.environment(profile),
+        "measured_on": None if table.latency is None else run.measured_on(profile),
         "tiers": [tier.to_json() for tier in tiers],
     }
     path, inputs = run.costs_path(profile.name), inputs_of_costs(run, profile)
     run.folder.write_record(path, {**record, "seconds": seconds()}, inputs)
 
 
-def cost_table(run: Run, profile: DeviceProfile, kit: Path | None = None) -> tuple[SpaceCosts, Json]:
+def cost_table(run: Run, profile: DeviceProfile) -> tuple[SpaceCosts, Json]:
     """The space's costs on one device, and how they came to be. Raises AwaitingDevice where the device is
-    elsewhere and was not asked yet; what to ask it is then in `kit`, by default in the run's folder."""
+    elsewhere and was not asked yet."""
+    measure = _patient(run, profile, run.stopwatch(profile))
+    return _cost_table(run, profile, measure, run.environment(profile))
+
+
+def _cost_table(
+    run: Run, profile: DeviceProfile, measure: Measure, environment: Json
+) -> tuple[SpaceCosts, Json]:
     return build_cost_table(
         run.space,
         profile,
         cache_dir=run.cache / "costs",
-        measure=_patient(run, profile, run.stopwatch(profile, kit)),
-        environment=run.environment(profile),
+        measure=measure,
+        environment=environment,
         seed=run.config.seed,
         networks=run.config.search.calibration,
         progress=run.progress,
@@ -81,15 +88,17 @@ def _patient(run: Run, profile: DeviceProfile, stopwatch: Measure) -> Measure:
     return measure
 
 
-def calibration_kit(run: Run, out: Path) -> bool:
-    """Write to `out` the kit that a run as described would wait for first; False where it would not wait."""
+def calibration_kit(run: Run, out: Path, again: bool = False) -> bool:
+    """Write to `out` the kit that a run as described would wait for first; False where it would not wait.
+    `again` asks the device for what it has told already."""
     devices = [profile for profile in run.config.profiles if profile.elsewhere]
     if len(devices) != 1:
         raise ConfigError(
             f"a kit is for one device, and {len(devices)} of the profiles say 'measured: elsewhere'; name one"
         )
+    device = Elsewhere(devices[0], run.cache / "costs", out, afresh=again)
     try:
-        cost_table(run, devices[0], kit=out)
+        _cost_table(run, devices[0], device, device.environment)
     except AwaitingDevice:
         return True
     return False

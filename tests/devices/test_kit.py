@@ -338,6 +338,21 @@ def test_results_that_are_not_what_the_kit_asked_for_are_refused(
         ask(models, cache_dir)
 
 
+def test_a_device_that_is_much_slower_than_it_was_judges_no_budget(
+    models: list[Path], cache_dir: Path, tmp_path: Path
+) -> None:
+    """And what it said does not stay: the same kit can be run again."""
+    kit, _ = packed(models[:2], cache_dir)
+    import_results(brought(answers(kit), tmp_path), cache_dir)
+    shipped, _ = packed([models[2], models[1]], cache_dir, reference_nominal_ms=0.5)
+    with pytest.raises(MeasurementError, match=r"was 1\.60 times slower than when it was calibrated"):
+        import_results(brought(answers(shipped, now_ms=0.8), tmp_path), cache_dir)
+    with pytest.raises(AwaitingDevice):
+        ask([models[2], models[1]], cache_dir, reference_nominal_ms=0.5)
+    import_results(brought(answers(shipped, now_ms=0.55), tmp_path), cache_dir)
+    assert len(ask([models[2], models[1]], cache_dir, reference_nominal_ms=0.5)) == 2
+
+
 def test_another_reference_network_is_refused(models: list[Path], cache_dir: Path, tmp_path: Path) -> None:
     kit, _ = packed(models, cache_dir)
     results = answers(kit)
@@ -456,6 +471,20 @@ def test_an_altered_kit_is_not_run(
     assert "unpack the kit again" in complaint(folder, capsys)
     record.unlink()
     assert "unpack the kit again" in complaint(folder, capsys)
+
+
+def test_results_that_could_not_be_written_are_told_before_anything_is_timed(
+    models: list[Path],
+    cache_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, zipped = packed(models, cache_dir)
+    folder = unpacked(zipped, tmp_path / "board")
+    monkeypatch.setattr(on_device.Kit, "run", lambda kit: pytest.fail("timed"))
+    assert on_device.main(str(folder), ["--out", str(tmp_path / "nowhere" / "results.json")]) == 2
+    assert "nowhere" in capsys.readouterr().err
 
 
 def test_a_provider_that_the_device_lacks_is_named_and_nothing_falls_back(
