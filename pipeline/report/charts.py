@@ -54,10 +54,16 @@ def tier_colours(names: Sequence[str]) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------ accuracy and cost
 
 
-def accuracy_chart(tiers: Sequence[Json], metric: str) -> str:
-    """Accuracy of one device's tiers against a measured metric, with the budgets drawn in."""
+Colours = Mapping[str, str]
+"""Of tiers by name, or by `device/name` where there are several devices."""
+
+
+def accuracy_chart(tiers: Sequence[Json], metric: str, colours: Colours | None = None) -> str:
+    """Accuracy of one device's tiers against a measured metric, with the budgets drawn in. `colours` has
+    those of all tiers by name."""
     tiers = sorted((t for t in tiers if metric in t["measured"]), key=lambda t: float(t["measured"][metric]))
-    colours = tier_colours([tier["name"] for tier in tiers])
+    given = colours or tier_colours([tier["name"] for tier in tiers])
+    colours = {tier["name"]: given[tier["name"]] for tier in tiers}
     cost_K = np.array([tier["measured"][metric] for tier in tiers], dtype=float)
     percent = {
         split: np.array([100 * t["accuracy"][split] for t in tiers]) for split in ("test", "architecture")
@@ -120,7 +126,7 @@ TRACES = {
 }
 
 
-def trace_charts(trace: Sequence[Json]) -> dict[str, str]:
+def trace_charts(trace: Sequence[Json], colours: Colours | None = None) -> dict[str, str]:
     """What was traced of the search: quantity → figure over its iterations. What was not traced is left out.
 
     A record has `iteration`, and may have `fit_loss` and `tiers`: a list with, per tier, its key `tier`
@@ -130,7 +136,7 @@ def trace_charts(trace: Sequence[Json]) -> dict[str, str]:
         lines = _traced(trace, quantity)
         fit = _line(trace, lambda record: record.get("fit_loss")) if quantity == "loss" else None
         if lines or fit is not None:
-            charts[quantity] = _trace_chart(quantity, title, lines, fit)
+            charts[quantity] = _trace_chart(quantity, title, lines, fit, colours or tier_colours(list(lines)))
     return charts
 
 
@@ -164,9 +170,10 @@ def _line(trace: Sequence[Json], value: Callable[[Json], float | None]) -> Line 
     return means[:, 0], means[:, 1]
 
 
-def _trace_chart(quantity: str, title: str, lines: Mapping[str, Line], fit: Line | None) -> str:
+def _trace_chart(
+    quantity: str, title: str, lines: Mapping[str, Line], fit: Line | None, colours: Colours
+) -> str:
     scale = 100.0 if quantity == "usage" else 1.0
-    colours = tier_colours(list(lines))
 
     def draw(axes: Axes) -> None:
         every = [*lines.values(), *([fit] if fit is not None else [])]
@@ -212,15 +219,15 @@ def _apart(at: Mapping[str, float], gap: float) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------- ranking check
 
 
-def ranking_chart(ranking: Json) -> str:
+def ranking_chart(ranking: Json, colours: Colours | None = None) -> str:
     """Briefly trained accuracy of some networks against the loss the search gave them, by tier."""
     several = len({tier["device"] for tier in ranking["tiers"]}) > 1
 
     def name_of(entry: Json) -> str:
         return f"{entry['device']}/{entry['name']}" if several else str(entry["name"])
 
-    colours = tier_colours([name_of(tier) for tier in ranking["tiers"]])
-    points: dict[str, list[tuple[float, float]]] = {name: [] for name in colours}
+    colours = colours or tier_colours([name_of(tier) for tier in ranking["tiers"]])
+    points: dict[str, list[tuple[float, float]]] = {name_of(tier): [] for tier in ranking["tiers"]}
     for point in ranking["points"]:
         points[name_of(point)].append((point["loss"], 100 * point["accuracy"]))
     points = {name: own for name, own in points.items() if own}

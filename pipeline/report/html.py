@@ -6,6 +6,7 @@ Nothing is loaded from a network and nothing runs: no script, every text escaped
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -13,13 +14,14 @@ from typing import Any
 
 from pipeline.report.charts import (
     METRIC_TITLES,
+    Colours,
     accuracy_chart,
     limit_text,
     ranking_chart,
     tier_colours,
     trace_charts,
 )
-from pipeline.report.manifest import answer_file
+from pipeline.report.manifest import answer_file, tier_key
 from pipeline.types import Json
 from pipeline.units import format_value
 
@@ -45,13 +47,16 @@ def render_report(manifest: Json, trace: Sequence[Json] = ()) -> str:
         "count_text": count_text,
         "flat": flat,
     }
+    colours = _colours(manifest["tiers"])
     page = environment.get_template(TEMPLATE).render(
         m=manifest,
-        devices=[_device(manifest, name, list(tiers)) for name, tiers in _by_device(manifest["tiers"])],
+        devices=[
+            _device(manifest, name, list(tiers), colours) for name, tiers in _by_device(manifest["tiers"])
+        ],
         titles=METRIC_TITLES,
         summary=_summary(manifest),
-        trace_charts=trace_charts(trace),
-        ranking=_ranking(manifest),
+        trace_charts=trace_charts(trace, colours),
+        ranking=_ranking(manifest, colours),
     )
     return page + "\n"
 
@@ -61,12 +66,22 @@ def _by_device(tiers: Sequence[Json]) -> Any:
     return groupby(sorted(tiers, key=device), key=device)
 
 
-def _device(manifest: Json, name: str, tiers: list[Json]) -> Json:
+def _colours(tiers: Sequence[Json]) -> Colours:
+    """One a tier on the whole page, from the smallest to the largest; by `device/name`, and where no other
+    tier has the name, by name as well."""
+    keys = [tier_key(tier) for tier in sorted(tiers, key=lambda tier: float(tier["params"]))]
+    of_key = tier_colours(keys)
+    names = Counter(tier["name"] for tier in tiers)
+    alone = {tier["name"]: of_key[tier_key(tier)] for tier in tiers if names[tier["name"]] == 1}
+    return {**of_key, **alone}
+
+
+def _device(manifest: Json, name: str, tiers: list[Json], colours: Colours) -> Json:
     metrics = [m for m in METRIC_TITLES if any(m in tier["measured"] for tier in tiers)]
     metrics += sorted({m for tier in tiers for m in tier["measured"]} - set(metrics))
     limited = [m for m in metrics if any(m in tier["budgets"] for tier in tiers)]
     drawn = [metric for metric in metrics if metric != "memory_bytes" or metric in limited]
-    names = [tier["name"] for tier in sorted(tiers, key=lambda tier: float(tier["params"]))]
+    own = {tier["name"]: colours[tier_key(tier)] for tier in tiers}
     return {
         "name": name,
         "profile": manifest["profiles"][name],
@@ -75,9 +90,9 @@ def _device(manifest: Json, name: str, tiers: list[Json]) -> Json:
         "precisions": [(tier, _both_files(tier)) for tier in tiers if tier.get("precision")],
         "limited": limited,
         "free": [metric for metric in ("params", "flops", "weight_bytes") if metric not in limited],
-        "colours": tier_colours(names),
+        "colours": own,
         "recipes": _recipes(tiers),
-        "charts": [accuracy_chart(tiers, metric) for metric in drawn],
+        "charts": [accuracy_chart(tiers, metric, own) for metric in drawn],
     }
 
 
@@ -120,11 +135,12 @@ def _summary(manifest: Json) -> Json:
     }
 
 
-def _ranking(manifest: Json) -> Json | None:
+def _ranking(manifest: Json, colours: Colours) -> Json | None:
     ranking = manifest["search"].get("ranking")
     if ranking is None:
         return None
-    return {**ranking, "chart": ranking_chart(ranking) if len(ranking.get("points") or ()) > 1 else None}
+    several = len(ranking.get("points") or ()) > 1
+    return {**ranking, "chart": ranking_chart(ranking, colours) if several else None}
 
 
 # ------------------------------------------------------------------------------------------ values for people

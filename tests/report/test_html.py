@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -54,6 +55,33 @@ def test_page_is_well_formed_and_needs_nothing_else(page: str) -> None:
     assert not parsed.tags & {"script", "link", "img", "iframe", "object"}
     assert "@import" not in page and "url(http" not in page
     assert {link for link in parsed.links if "://" in link} == set()
+
+
+def test_with_several_devices_the_command_says_which(original_manifest: Json) -> None:
+    manifest = copy.deepcopy(original_manifest)
+    manifest["tiers"][1]["device"] = "pi"
+    manifest["profiles"]["pi"] = manifest["profiles"]["cpu-1thread"]
+    manifest["costs"]["pi"] = manifest["costs"]["cpu-1thread"]
+    text = Page(render_report(manifest)).text
+    assert "budgetline select . --device cpu-1thread --latency-ms 0.15 --params 500000" in text
+
+
+def test_a_tier_has_one_colour_on_the_page(original_manifest: Json) -> None:
+    """Also where tiers are listed from the largest to the smallest, and traced so."""
+    listed = {**original_manifest, "tiers": original_manifest["tiers"][::-1]}
+    traced = [{**record, "tiers": record.get("tiers", [])[::-1]} for record in trace()]
+
+    def colours_of(page: str) -> dict[str, set[str]]:
+        dots = re.findall(r'class="dot" style="background: (#\w+)"></span>(\w+)<', page)
+        ends = re.findall(r"<text[^>]*fill: color-mix\(in oklab, (#\w+) [^>]*>(\w+)</text>", page)
+        found: dict[str, set[str]] = {}
+        for colour, name in (*dots, *ends):
+            found.setdefault(name, set()).add(colour)
+        return {name: colours for name, colours in found.items() if name in set("SML")}
+
+    found = colours_of(render_report(listed, traced))
+    assert set(found) == set("SML") and all(len(colours) == 1 for colours in found.values()), found
+    assert found == colours_of(render_report(original_manifest, trace()))
 
 
 def test_links_are_relative_files_of_the_run(page: str, run: Path) -> None:
