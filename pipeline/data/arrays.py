@@ -34,7 +34,7 @@ class TaskSettings(Settings):
     limit: int | None = Field(
         None,
         ge=2,
-        description="keep this many images outside test, drawn by the run's seed, classes in proportion",
+        description="keep this many images outside test, the same in every run, classes in proportion",
     )
     flip: bool = Field(True, description="mirror training images at random")
 

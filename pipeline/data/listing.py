@@ -190,6 +190,14 @@ def _classes(folders: Sequence[Path]) -> tuple[str, ...]:
     if len(names) < 2:
         found = f"only '{next(iter(names))}'" if names else "none"
         raise DataError(f"{first}: wanted at least 2 class folders with images in them, found {found}")
+    for name in sorted(names):
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise DataError(
+                f"{first}: the name of class folder {name!a} is not UTF-8, and it would stand in the files "
+                "that ship; rename it"
+            ) from None
     for other in others:
         differing = names ^ {folder.name for folder in _subfolders(other)}
         if differing:

@@ -1,7 +1,7 @@
 """Three disjoint, stratified splits: weights, architecture, test.
 
 The splits are part of the task, not of a run: they are drawn with `SPLIT_SEED`, whatever the run's seed is,
-so two runs on the same images are judged on the same test images. The run's seed draws what `limit` keeps.
+so two runs on the same images are judged on the same test images. What `limit` keeps is the same, too.
 """
 
 from __future__ import annotations

@@ -226,6 +226,17 @@ def test_the_way_from_a_file_to_pixels_is_told(make_folder: MakeFolder) -> None:
     assert resized.augmentation["resized_crop"] and square.colours == "RGB"
 
 
+def test_a_class_whose_name_no_file_can_hold_is_refused(make_folder: MakeFolder) -> None:
+    """Latin-1 from an old archive: it would end up in the manifest, after everything was trained."""
+    folder = make_folder()
+    try:
+        (folder / "dog").rename(folder / os.fsdecode(b"caf\xe9"))
+    except OSError:
+        pytest.skip("this file system has no such names")
+    with pytest.raises(DataError, match=r"class folder 'caf\\udce9' is not UTF-8.*rename it"):
+        load(folder)
+
+
 def test_a_link_back_to_the_class_does_not_count_its_images_again(make_folder: MakeFolder) -> None:
     folder = make_folder()
     (folder / "cat" / "round").symlink_to(folder / "cat")
