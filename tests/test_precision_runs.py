@@ -6,6 +6,7 @@ import json
 import shutil
 import zipfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import yaml
 from board import carried_out, manifest_in
 from tiny_run import TINY, Cli
 
+from pipeline import deploy
 from pipeline import run as run_module
 from pipeline.artifacts import sha256_file
 from pipeline.costs.memory import footprint
@@ -273,7 +275,9 @@ def test_a_device_elsewhere_times_both_files_and_the_search_stays_in_float32(
     assert cli("verify", root).code == 0
 
 
-def test_float16_is_searched_timed_and_shipped_on_a_gpu_elsewhere(cli: Cli, tmp_path: Path) -> None:
+def test_float16_is_searched_timed_and_shipped_on_a_gpu_elsewhere(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No GPU is needed here: its times are known, and what float16 loses is worked out on this CPU."""
     tiers = [{"name": "m", "limits": {"latency": "50 %"}}]
     gpu = {"provider": "cuda", "precision": "fp16", "measured": "elsewhere", "tiers": tiers}
@@ -306,6 +310,18 @@ def test_float16_is_searched_timed_and_shipped_on_a_gpu_elsewhere(cli: Cli, tmp_
     assert tier["measured"]["weight_bytes"] == footprint(root / tier["answer"], 1).weight_bytes
     checked = cli("verify", root)
     assert checked.code == 0, checked
+
+    strict = replace(deploy.FLOAT16_GATE, max_abs_error=1e-9)
+    monkeypatch.setattr(deploy, "FLOAT16_GATE", strict)
+    for record in ("export", "measure"):
+        (root / "gpu" / "m" / f"{record}.json").unlink()
+    outcome = cli("run", "--out", root)
+    assert outcome.code == 2 and "BudgetMissed: tier gpu/m: latency_ms is" in outcome.err, outcome
+    assert "it was chosen in fp16, but fp16: " in outcome.err and "label_smoothing" in outcome.err
+    lower = json.loads((root / "gpu" / "m" / "export.json").read_text())["lower"]
+    assert all(
+        file["parity"]["tolerance"] >= file["parity"]["max_abs_error"] for file in lower["files"].values()
+    )
 
 
 def test_the_answers_interface_is_the_float_files(original: Path) -> None:

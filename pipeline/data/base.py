@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 Split = Literal["weights", "architecture", "test"]
 
+_PIXELS_AT_ONCE = 2**18  # 256 images of 32 × 32
+
 
 class ImageSource(Protocol):
     """Images by index, all of one shape (height, width, channels), as uint8."""
@@ -53,6 +55,12 @@ class ImageTask:
         """(channels, height, width)."""
         height, width, channels = self.source.shape
         return channels, height, width
+
+    @property
+    def assessed_at_once(self) -> int:
+        """Images in a batch where nothing is learnt: large enough to be fast, small enough for any memory."""
+        height, width, _ = self.source.shape
+        return max(32, min(512, _PIXELS_AT_ONCE // (height * width)))
 
     @property
     def colours(self) -> str:

@@ -43,6 +43,13 @@ _PACKAGES = {
 
 _SILENT = 4  # ONNX Runtime's log severity "fatal": what goes wrong is raised, and told in one place
 
+
+def tolerance_on_accelerators(largest_logit: float) -> float:
+    """How far a float32 file's logits may be from the CPU's on another provider: accelerators multiply with
+    shorter mantissas unless told otherwise (TF32 on NVIDIA's GPUs: 10 bits), and errors add up."""
+    return 1e-3 + 1e-2 * largest_logit
+
+
 OptionValue = Union[bool, int, float, str]  # noqa: UP007  (Python 3.9 evaluates it)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,6 @@ from pipeline.run import Run
 from pipeline.stages.jobs import Jobs, engine_for
 from pipeline.stages.lineage import current_record, inputs_of_tier
 from pipeline.stages.lower_precision import (
-    ASSESSED_AT_ONCE,
     accuracy_over,
     assessing_runtime,
     make_lower_precision,
@@ -52,6 +52,8 @@ def _export_job(run: Run, tier: Tier) -> Json:
 
 
 def export_one(run: Run, job: Json) -> Json:
+    import torch
+
     from pipeline.data import held_out
     from pipeline.train.assess import assess, withstand
 
@@ -61,7 +63,7 @@ def export_one(run: Run, job: Json) -> Json:
     with run.timed() as seconds:
         network, settings = trained_network(run, tier), run.config.export
         images, _ = held_out.test_sample(run.task, settings.parity_images, seed=0)
-        batches = images.numpy().reshape(-1, *run.space.image_shape)
+        batches = [batch.numpy() for batch in torch.split(images.contiguous(), run.task.assessed_at_once)]
         files = _export_float32(run, tier, network, batches)
         assessment = assess(network, run.task)
         attacked = withstand(network, run.task, run.config.robustness)
@@ -96,7 +98,7 @@ def _read_by_export(run: Run, job: Json) -> list[Path]:
     return [*derived, record_path(run, tier, "retrain"), weights_path(run, tier)]
 
 
-def _export_float32(run: Run, tier: Tier, network: nn.Module, images: Any) -> Json:
+def _export_float32(run: Run, tier: Tier, network: nn.Module, batches: Sequence[Any]) -> Json:
     """Write the tier's float32 files, one for any batch and one for a single image; by role, how and how
     exactly."""
     from pipeline.deploy import check_parity, export_onnx
@@ -112,14 +114,14 @@ def _export_float32(run: Run, tier: Tier, network: nn.Module, images: Any) -> Js
             opset=run.profile(tier.device).opset,
             metadata=_metadata(run, tier),
         )
-        parity = check_parity(network, target, [images])
+        parity = check_parity(network, target, batches)
         files[role] = {"name": target.name, "export": exported.to_json(), "parity": parity.to_json()}
     return files
 
 
-def _export_lower(run: Run, tier: Tier, network: nn.Module, images: Any) -> Json:
+def _export_lower(run: Run, tier: Tier, network: nn.Module, batches: Sequence[Any]) -> Json:
     """Write the tier's files of lower precision. By their accuracy on the test split nothing is chosen."""
-    lower = make_lower_precision(run, tier, network, images)
+    lower = make_lower_precision(run, tier, network, batches)
     file = onnx_path(run, tier, precision=lower["precision"])
     on_test = accuracy_on_test(run, file, assessing_runtime(run.profile(tier.device)))
     return {**lower, "accuracy": {**lower["accuracy"], "test": on_test}}
@@ -128,7 +130,7 @@ def _export_lower(run: Run, tier: Tier, network: nn.Module, images: Any) -> Json
 def accuracy_on_test(run: Run, file: Path, runtime: RuntimeSettings | None = None) -> float:
     from pipeline.data import held_out
 
-    return accuracy_over(held_out.test_batches(run.task, ASSESSED_AT_ONCE), file, runtime)
+    return accuracy_over(held_out.test_batches(run.task, run.task.assessed_at_once), file, runtime)
 
 
 def _logits_of(file: Path, images: Any) -> Any:

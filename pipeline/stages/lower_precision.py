@@ -3,7 +3,8 @@ split."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +21,10 @@ if TYPE_CHECKING:
 
     from pipeline.deploy import ParityRecord
 
-ASSESSED_AT_ONCE = 250
-"""Images in a batch for a finished file."""
 
-
-def make_lower_precision(run: Run, tier: Tier, network: nn.Module, images: Any) -> Json:
-    """Write the tier's files in the precision that its profile asks for: what they lose, and under `refusal`
-    why they may not be its answer, if so."""
+def make_lower_precision(run: Run, tier: Tier, network: nn.Module, batches: Sequence[Any]) -> Json:
+    """Write the tier's files in the precision that its profile asks for: what they lose on `batches` of
+    images, and under `refusal` why they may not be its answer, if so."""
     from pipeline.deploy import NO_GATE, check_parity, fix_batch
 
     profile = run.profile(tier.device)
@@ -35,7 +33,7 @@ def make_lower_precision(run: Run, tier: Tier, network: nn.Module, images: Any) 
     paths = {role: onnx_path(run, tier, role, precision) for role in ONNX_ROLES}
     made = (quantise if precision == "int8" else _halve)(run, profile, onnx_path(run, tier), paths["onnx"])
     fix_batch(paths["onnx"], paths["onnx-batch1"], 1)
-    parity = {role: check_parity(network, path, [images], NO_GATE, runtime) for role, path in paths.items()}
+    parity = {role: check_parity(network, path, batches, NO_GATE, runtime) for role, path in paths.items()}
     return {
         "precision": precision,
         "files": {role: _file_entry(path, parity[role], precision) for role, path in paths.items()},
@@ -78,10 +76,12 @@ def _halve(run: Run, profile: DeviceProfile, source: Path, target: Path) -> Json
 
 
 def _file_entry(path: Path, parity: ParityRecord, precision: str) -> Json:
-    """`tolerance` is what `verify` holds its logits to: the network's in float16, in int8 the file's own."""
+    """`tolerance` is what `verify` holds its logits to: what is allowed in float16, or the file's own error
+    where that is more, so that one which may not be the answer is not taken for a damaged one."""
     from pipeline.deploy import FLOAT16_GATE
 
-    tolerance = FLOAT16_GATE.max_abs_error if precision == "fp16" else max(parity.max_abs_error, 1e-4)
+    allowed = FLOAT16_GATE.max_abs_error if precision == "fp16" else 1e-4
+    tolerance = max(allowed, parity.max_abs_error) if math.isfinite(parity.max_abs_error) else allowed
     return {
         "name": path.name,
         "export": {"sha256": sha256_file(path), "bytes": path.stat().st_size},
@@ -112,7 +112,9 @@ def assessing_runtime(profile: DeviceProfile) -> RuntimeSettings | None:
 def _architecture_accuracy(run: Run, file: Path, runtime: RuntimeSettings | None) -> float:
     from pipeline.data.batches import evaluation_batches
 
-    return accuracy_over(evaluation_batches(run.task, "architecture", ASSESSED_AT_ONCE), file, runtime)
+    return accuracy_over(
+        evaluation_batches(run.task, "architecture", run.task.assessed_at_once), file, runtime
+    )
 
 
 def accuracy_over(

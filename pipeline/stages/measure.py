@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -55,7 +55,7 @@ def _measure_device(run: Run, profile: DeviceProfile, only: str | None) -> None:
     refusals = []
     for (tier, inputs), latencies in zip(waiting, timed, strict=True):
         record = _answered(run, tier, latencies)
-        refusal = _refused(run, tier, record["measured"], latencies)
+        refusal = _refused(run, tier, record, latencies)
         if refusal is None:
             seconds_each = round(seconds() / len(waiting), 3)
             write_record(run, tier, "measure", {**record, "seconds": seconds_each}, inputs)
@@ -117,19 +117,29 @@ def _answered(run: Run, tier: Tier, latencies: Latencies) -> Json:
     }
 
 
-def _refused(
-    run: Run, tier: Tier, measured: Mapping[str, float], latencies: Latencies
-) -> BudgetMissed | None:
+def _refused(run: Run, tier: Tier, record: Json, latencies: Latencies) -> BudgetMissed | None:
     """Why the tier is not shipped; None where it keeps its budgets. Where another network can be chosen,
     this one is given up."""
+    measured, chosen_in = record["measured"], run.profile(tier.device).timed_precision
     for metric, limit in tier.budgets.items():
         if measured[metric] > limit:
-            kind, what_next = _give_up_or_advise(run, tier, metric, latencies)
+            if record.get("precision", chosen_in) != chosen_in and record["lower"]["latency"] is not None:
+                kind, what_next = BudgetMissed, _instead_of(chosen_in, record["reason"])
+            else:
+                kind, what_next = _give_up_or_advise(run, tier, metric, latencies)
             return kind(
                 f"tier {tier.key}: {metric} is {format_value(metric, measured[metric])}, budget "
                 f"{format_value(metric, limit)}, so the tier is not shipped; {what_next}"
             )
     return None
+
+
+def _instead_of(precision: str, reason: str) -> str:
+    """Where the float32 file is over, since the one that the network was chosen in may not ship."""
+    return (
+        f"it was chosen in {precision}, but {reason}, so its float32 file is the answer; train it otherwise "
+        "(retrain.label_smoothing keeps logits small), or start a run with 'precision: fp32' in the profile"
+    )
 
 
 def _give_up_or_advise(

@@ -23,8 +23,6 @@ from pipeline.types import Json
 Perturb = Callable[[Tensor, Tensor], Tensor]
 """What an attack makes of images, given their labels."""
 
-_PIXELS_PER_BATCH = 2**18  # 256 images of 32 x 32: large enough to be fast, small enough for any memory
-
 
 @dataclass(frozen=True, slots=True)
 class Assessment:
@@ -38,7 +36,7 @@ class Assessment:
 def assess(network: nn.Module, task: ImageTask, *, device: str = "cpu") -> Assessment:
     """Accuracy on the test split. Nothing may be chosen by it: call it once, on the finished network."""
     _refuse_overlap(task)
-    return _score(network, test_batches(task, _batch_size(task), device), device)
+    return _score(network, test_batches(task, task.assessed_at_once, device), device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +68,7 @@ def withstand(
         return ()
     _refuse_overlap(task)
     images_NCHW, labels_N = test_sample(task, settings.images, seed=0)
-    size, pixels = _batch_size(task), attack.Pixels.of(task)
+    size, pixels = task.assessed_at_once, attack.Pixels.of(task)
     batches = list(zip(torch.split(images_NCHW, size), torch.split(labels_N, size), strict=True))
     clean = _score(network, batches, device)
     found = []
@@ -103,12 +101,7 @@ def evaluate(
     """Accuracy on a split that choices may be made by, without augmentation, or on what `perturb` makes of
     it."""
     assert split in ("weights", "architecture"), f"{split!r} is not for choices"
-    return _score(network, evaluation_batches(task, split, _batch_size(task), device), device, perturb)
-
-
-def _batch_size(task: ImageTask) -> int:
-    _, height, width = task.image_shape
-    return max(32, min(512, _PIXELS_PER_BATCH // (height * width)))
+    return _score(network, evaluation_batches(task, split, task.assessed_at_once, device), device, perturb)
 
 
 def _score(

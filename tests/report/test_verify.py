@@ -141,6 +141,26 @@ def test_the_files_own_tolerance_counts(run: Path) -> None:
     assert failed(verify(run, remeasure=False, open_session=shift)) == []
 
 
+@pytest.mark.parametrize(("off", "wrong"), [(0.004, 0), (1.0, 6)])
+def test_float32_is_less_exact_on_an_accelerator(run: Path, off: float, wrong: int) -> None:
+    """NVIDIA's GPUs multiply in TF32 unless told otherwise: 0.4 % off is sound there, and nothing here."""
+
+    def scaled(path: Path, **options: Any) -> Any:
+        session = open_session(path)
+
+        class Scaled:
+            get_inputs = session.get_inputs
+
+            def run(self, names: Any, feeds: Any) -> Any:
+                return [session.run(names, feeds)[0] * np.float32(1 + off)]
+
+        return Scaled()
+
+    assert len(failed(verify(run, remeasure=False, open_session=scaled))) == 6
+    edit(run, lambda record: record["profiles"]["cpu-1thread"].update(provider="CUDAExecutionProvider"))
+    assert len(failed(verify(run, remeasure=False, open_session=scaled))) == wrong
+
+
 def test_without_samples_logits_are_not_checked(run: Path) -> None:
     edit(run, lambda record: record["tiers"][0]["files"].pop())
     results = [
