@@ -75,7 +75,7 @@ class Run:
         model = self.costs[profile.name].latency
         assert model is not None
         environment = self.environment(profile)
-        self._require_measured_on(profile)
+        self._require_measured_on(profile, _measured_on(profile, environment))
         return Bench(
             self.space,
             profile,
@@ -90,10 +90,9 @@ class Run:
     def measured_on(self, profile: DeviceProfile) -> Json:
         """What a ratio to the reference network hangs on beside the profile's own words: `threads: null` is
         every core that there is."""
-        return {**self.environment(profile), "threads": profile.fingerprint()["threads"]}
+        return _measured_on(profile, self.environment(profile))
 
-    def _require_measured_on(self, profile: DeviceProfile) -> None:
-        now = self.measured_on(profile)
+    def _require_measured_on(self, profile: DeviceProfile, now: Json) -> None:
         then = self.costs_record(profile.name).get("measured_on") or now
         for part in ["cpu", "runtime", "threads", *(["gpu"] if profile.provider != CPU else [])]:
             if then.get(part) != now.get(part):
@@ -181,6 +180,10 @@ class Run:
     def timed(self) -> Iterator[Callable[[], float]]:
         started = time.perf_counter()
         yield lambda: round(time.perf_counter() - started, 3)
+
+
+def _measured_on(profile: DeviceProfile, environment: Json) -> Json:
+    return {**environment, "threads": profile.fingerprint()["threads"]}
 
 
 def open_run(root: Path, asked: RunConfig | None, progress: Progress) -> Run:

@@ -44,7 +44,7 @@ def main(folder: str, arguments: Sequence[str]) -> int:
     asked = parser.parse_args(arguments)
     try:
         kit = Kit.open(Path(folder))
-        _draft_of(asked.out).touch()  # what cannot be written is told before anything is timed
+        _try_to_write(asked.out)
         results = kit.run()
         _write(asked.out, results)
     except BudgetlineError as error:
@@ -322,6 +322,13 @@ def _write(path: Path, results: Json) -> None:
     except ValueError:
         raise MeasurementError("a time is not a number; run it again") from None
     os.replace(draft, path)
+
+
+def _try_to_write(path: Path) -> None:
+    """What cannot be written is told before anything is timed. Raises OSError."""
+    draft = _draft_of(path)
+    draft.touch()
+    draft.unlink()
 
 
 def _draft_of(path: Path) -> Path:
