@@ -63,7 +63,7 @@ class ImageTask:
         return max(32, min(512, _PIXELS_AT_ONCE // (height * width)))
 
     @property
-    def colours(self) -> str:
+    def channel_order(self) -> str:
         """What the channels are, in order."""
         return {1: "grey", 3: "RGB"}[self.image_shape[0]]
 

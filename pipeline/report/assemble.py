@@ -24,7 +24,7 @@ def data_entry(task: ImageTask) -> Json:
         "fingerprint": task.fingerprint,
         "classes": task.classes,
         "image_shape": task.image_shape,
-        "colours": task.colours,
+        "channel_order": task.channel_order,
         "preparation": task.preparation,
         "augmentation": task.augmentation,
         "mean": task.mean,

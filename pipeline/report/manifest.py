@@ -266,7 +266,7 @@ class DataEntry(_OpenEntry):
     fingerprint: str = Field(description="content hash over images, labels and splits")
     classes: tuple[str, ...]
     image_shape: Annotated[tuple[Count, ...], Field(min_length=3, max_length=3)]
-    colours: str | None = Field(None, description="what the channels are, in order: RGB or grey")
+    channel_order: str | None = Field(None, description="what the channels are, in order: RGB or grey")
     preparation: str | None = Field(None, description="how an image file becomes pixels of that shape")
     augmentation: dict[str, JsonValue] = Field(
         default_factory=dict, description="what training images go through at random"

@@ -150,7 +150,7 @@ def _metadata(run: Run, tier: Tier) -> dict[str, str]:
     task = run.task
     return {
         "classes": json.dumps(list(task.classes)),
-        "input": f"(pixel / 255 - mean) / std per channel, N×C×H×W, {task.colours}",
+        "input": f"(pixel / 255 - mean) / std per channel, N×C×H×W, {task.channel_order}",
         "preparation": task.preparation,
         "mean": json.dumps(list(task.mean)),
         "std": json.dumps(list(task.std)),

@@ -223,7 +223,7 @@ def test_the_way_from_a_file_to_pixels_is_told(make_folder: MakeFolder) -> None:
     resized = load(folder, image_size=16, crop="resized")
     assert "shorter side resized to 18 pixels, the centre 16 × 16 cut" in resized.preparation
     assert square.augmentation == {"flip": True, "crop_padding": 2, "resized_crop": False}
-    assert resized.augmentation["resized_crop"] and square.colours == "RGB"
+    assert resized.augmentation["resized_crop"] and square.channel_order == "RGB"
 
 
 def test_a_class_whose_name_no_file_can_hold_is_refused(make_folder: MakeFolder) -> None:

@@ -155,7 +155,7 @@ def sample_records(run: Path) -> Json:
             "fingerprint": "5f" * 32,
             "classes": ["bag", "boot", "shirt"],
             "image_shape": IMAGE_SHAPE,
-            "colours": "grey",
+            "channel_order": "grey",
             "preparation": "taken as it is",
             "augmentation": {"flip": True, "crop_padding": 2},
             "mean": [0.286],
