@@ -31,7 +31,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline.data.base import ImageTask
-from pipeline.data.batches import Batches
+from pipeline.data.batches import Batches, in_equal_parts
 from pipeline.errors import DivergedTraining
 from pipeline.ranks import ALONE, Ranks, share_out
 from pipeline.settings import Settings
@@ -50,6 +50,9 @@ class OneShotSettings(Settings):
     distillation: float = Field(0.5, ge=0, le=1, description="share of the teacher in the others' loss")
     evaluation_images: int = Field(1000, ge=2)
     thorough_images: int = Field(2000, ge=2)
+    evaluation_batch: int = Field(
+        128, ge=2, description="images whose statistics batch norm takes; more than a cache holds are slow"
+    )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 (autocast) is for GPUs")
 
 
@@ -203,10 +206,16 @@ class OneShotEvaluator:
         steps = range(self._thorough_batches) if thorough else range(step, step + 1)
         losses = np.zeros((len(archs), 1))
         for at in steps:
-            images, labels = self._to_device(stream.at(at))
-            of_step = [F.cross_entropy(self._logits(images, arch), labels) for arch in archs]
+            parts = in_equal_parts(self._to_device(stream.at(at)), self.settings.evaluation_batch)
+            of_step = [self._mean_loss(parts, arch) for arch in archs]
             losses[:, 0] += np.array(_to_host(of_step)) / len(steps)
         return losses
+
+    def _mean_loss(self, parts: Sequence[tuple[Tensor, Tensor]], arch: Arch) -> Tensor:
+        total = torch.stack(
+            [F.cross_entropy(self._logits(images, arch), labels, reduction="sum") for images, labels in parts]
+        ).sum()
+        return total / sum(len(labels) for _, labels in parts)
 
     def _to_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         images, labels = batch

@@ -23,7 +23,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pipeline.data.base import ImageTask
-from pipeline.data.batches import Batches
+from pipeline.data.batches import Batches, in_equal_parts
 from pipeline.errors import ConfigError, DivergedTraining
 from pipeline.settings import Settings
 from pipeline.spaces.base import RelaxedSpace, SearchSpace
@@ -46,6 +46,9 @@ class RelaxedSettings(Settings):
     order: Literal["first", "second"] = "first"
     evaluation_images: int = Field(1000, ge=2)
     thorough_images: int = Field(2000, ge=2)
+    evaluation_batch: int = Field(
+        128, ge=2, description="images whose statistics batch norm takes; more than a cache holds are slow"
+    )
 
     @model_validator(mode="after")
     def _the_rate_falls(self) -> RelaxedSettings:
@@ -198,11 +201,17 @@ class RelaxedSupernet:
         mixtures = [self._tensor(self.mix_of(arch)) for arch in archs]
         losses_N1 = np.zeros((len(archs), 1))
         for at in steps:
-            images, labels = self._to_device(stream.at(at))
+            parts = in_equal_parts(self._to_device(stream.at(at)), self.settings.evaluation_batch)
             for row, mixture in enumerate(mixtures):
-                logits = self.supernet.forward(images, mixture)
-                losses_N1[row, 0] += float(F.cross_entropy(logits, labels)) / len(steps)
+                losses_N1[row, 0] += self._mean_loss(parts, mixture) / len(steps)
         return losses_N1
+
+    def _mean_loss(self, parts: Sequence[Batch], mixture: Tensor) -> float:
+        found = [
+            F.cross_entropy(self.supernet.forward(images, mixture), labels, reduction="sum")
+            for images, labels in parts
+        ]
+        return float(torch.stack(found).sum()) / sum(len(labels) for _, labels in parts)
 
     def _tensor(self, mix_EO: FloatArray) -> Tensor:
         return torch.from_numpy(mix_EO.astype(np.float32)).to(self.device)

@@ -200,6 +200,18 @@ def test_a_thorough_answer_is_of_the_architecture_split_whatever_the_step() -> N
     np.testing.assert_array_equal(evaluator.losses(ARCHS, step=9, thorough=True), first)
 
 
+def test_a_loss_is_the_mean_over_parts_that_batch_norm_sees_alone() -> None:
+    evaluator = make(evaluation_batch=8)  # of 20 images: 7, 7 and 6
+    images, labels = evaluator._quick.at(0)
+    with torch.inference_mode():
+        parts = [
+            F.cross_entropy(evaluator._logits(images[a:b], MIDDLE), labels[a:b], reduction="sum")
+            for a, b in ((0, 7), (7, 14), (14, 20))
+        ]
+    assert evaluator.losses([MIDDLE], step=0)[0, 0] == pytest.approx(float(sum(parts)) / 20, rel=1e-6)
+    assert evaluator.losses([MIDDLE], step=0)[0, 0] != make().losses([MIDDLE], step=0)[0, 0]
+
+
 def test_asking_changes_nothing() -> None:
     evaluator = make()
     before = evaluator.state()
