@@ -45,7 +45,7 @@ class SearchSettings(Settings):
     200 steps of α, which are few beside the published ones. `train_in_search` and `fit_samples` say nothing
     to it."""
 
-    warm_up: int = Field(1000, ge=0)
+    warm_up: int = Field(3000, ge=0)
     evaluations: int = Field(400, ge=1)
     train_in_search: bool = False
     fit_samples: int | None = Field(None, ge=1)
@@ -148,6 +148,8 @@ def parse(values: Mapping[str, Any], where: str) -> RunConfig:
     values = {**DEFAULTS, "evaluator": suggested.get("evaluator", DEFAULTS["evaluator"]), **values}
     profiles = _profiles(values["profiles"], where)
     search = _mapping(values, "search", where)
+    if "warm_up" in suggested:
+        search = {"warm_up": suggested["warm_up"], **search}
     if "evaluations" in suggested:
         num_tiers = sum(len(profile.tiers) for profile in profiles)
         search = {"evaluations": suggested["evaluations"] * num_tiers, **search}
@@ -199,7 +201,7 @@ def _refuse_unfit(config: RunConfig, where: str) -> None:
     if "extract" in offers and config.search.warm_up == 0 and not config.search.train_in_search:
         raise ConfigError(
             f"{where}: search: warm_up is 0 and train_in_search false, so '{name}' would judge by weights "
-            "that nothing has trained; set warm_up (1000 by default), or train_in_search: true"
+            "that nothing has trained; set warm_up (3000 by default), or train_in_search: true"
         )
     _refuse_other_supernet(config, where)
 

@@ -12,13 +12,14 @@ import pytest
 import yaml
 from tiny_run import DEVICE, TIERS, TINY, Cli
 
-from pipeline.config import RunConfig, parse
+from pipeline.config import RunConfig, SearchSettings, parse
 from pipeline.errors import ConfigError
 from pipeline.evaluators import EVALUATORS
 from pipeline.progress import Silent
 from pipeline.run import open_run
 from pipeline.search import METHODS
 from pipeline.search.base import RELAXED
+from pipeline.search.gradient import WARM_UP
 from pipeline.stages.search import search_problem
 
 SMALL: dict[str, Any] = {
@@ -59,6 +60,13 @@ def test_minibatches_are_enough_to_decide_every_tier(method: str, each: int) -> 
     stated = parsed(method=method, profiles=devices, search={"evaluations": 30, "warm_up": 2}).search
     assert (stated.evaluations, stated.warm_up) == (30, 2)
     assert parsed(method=method, search={"warm_up": 2}).search.evaluations == each
+
+
+@pytest.mark.parametrize("method", [name for name, entry in METHODS.items() if RELAXED in entry.needs])
+def test_mixtures_warm_up_by_their_own_number_of_steps(method: str) -> None:
+    assert parsed(method=method).search.warm_up == WARM_UP
+    assert parsed(method="importance", evaluator="one-shot").search.warm_up == SearchSettings().warm_up
+    assert parsed(method=method, search={"warm_up": 7}).search.warm_up == 7
 
 
 def test_what_the_run_states_goes_before_what_the_method_suggests() -> None:

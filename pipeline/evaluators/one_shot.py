@@ -40,7 +40,7 @@ from pipeline.types import Arch, Arrays, FitInfo, FloatArray
 
 
 class OneShotSettings(Settings):
-    batch_size: int = Field(96, ge=2)
+    batch_size: int = Field(32, ge=2)
     learning_rate: float = Field(0.1, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(1e-5, ge=0)
@@ -98,8 +98,10 @@ class OneShotEvaluator:
         )
         held_out = len(task.splits["architecture"])
         self._quick = self._held_out(task, min(settings.evaluation_images, held_out), seed, device)
-        self._thorough = self._held_out(task, min(settings.batch_size * 2, held_out), seed, device)
-        self._thorough_batches = max(1, min(settings.thorough_images, held_out) // (settings.batch_size * 2))
+        most = min(settings.thorough_images, held_out)
+        at_once = min(settings.evaluation_batch, most)
+        self._thorough = self._held_out(task, at_once, seed, device)
+        self._thorough_batches = most // at_once
 
     def join(self, ranks: Ranks) -> None:
         """From now on `fit` trains only this rank's part of the sandwich; all ranks must call it alike."""

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from pipeline.algorithms import relaxation
 from pipeline.search.base import RELAXED, SearchMethod
-from pipeline.search.gradient import GradientSettings, NoPull, Rules, descend
+from pipeline.search.gradient import WARM_UP, GradientSettings, NoPull, Rules, descend
 from pipeline.search.problem import SearchProblem
 from pipeline.types import Checkpoint, Json, Progress, SearchResult
 
@@ -37,7 +37,12 @@ def run(
 
 
 def suggests(config: Darts) -> Json:
-    return {"evaluator": RELAXED, "space": {"mixed_norm": "pools"}, "evaluations": RULES.enough}
+    return {
+        "evaluator": RELAXED,
+        "space": {"mixed_norm": "pools"},
+        "evaluations": RULES.enough,
+        "warm_up": WARM_UP,
+    }
 
 
 METHOD = SearchMethod(Darts, run, frozenset({RELAXED}), suggests)

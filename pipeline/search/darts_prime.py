@@ -21,7 +21,7 @@ from pydantic import Field
 from pipeline.algorithms import relaxation
 from pipeline.algorithms.relaxation import Activation, Admm, AdmmForm, Mask, Pace
 from pipeline.search.base import RELAXED, SearchMethod
-from pipeline.search.gradient import GradientSettings, NoPull, Pull, Rules, Where, descend
+from pipeline.search.gradient import WARM_UP, GradientSettings, NoPull, Pull, Rules, Where, descend
 from pipeline.search.problem import SearchProblem
 from pipeline.types import Checkpoint, FloatArray, Json, Progress, SearchResult
 
@@ -121,7 +121,8 @@ def run(
 def suggests(config: DartsPrime) -> Json:
     """CRB's weights into a node may have any sum, so that sum is normalised."""
     norm = "nodes" if config.activation == "crb" else "pools"
-    return {"evaluator": RELAXED, "space": {"mixed_norm": norm}, "evaluations": rules_of(config).enough}
+    enough = rules_of(config).enough
+    return {"evaluator": RELAXED, "space": {"mixed_norm": norm}, "evaluations": enough, "warm_up": WARM_UP}
 
 
 METHOD = SearchMethod(DartsPrime, run, frozenset({RELAXED}), suggests)

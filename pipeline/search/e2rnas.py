@@ -36,7 +36,7 @@ from pipeline.algorithms import min_norm, relaxation
 from pipeline.algorithms.relaxation import Mask
 from pipeline.errors import ConfigError
 from pipeline.search.base import RELAXED, SearchMethod
-from pipeline.search.gradient import GradientSettings, NoPull, Rules, descend
+from pipeline.search.gradient import WARM_UP, GradientSettings, NoPull, Rules, descend
 from pipeline.search.nearest import NONE
 from pipeline.search.problem import SearchProblem
 from pipeline.spaces.base import RelaxedSpace
@@ -211,6 +211,7 @@ def suggests(config: E2rnas) -> Json:
         "evaluator": "relaxed-adversarial",
         "space": {"mixed_norm": "pools"},
         "evaluations": RULES.enough,
+        "warm_up": WARM_UP,
     }
 
 

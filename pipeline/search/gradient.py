@@ -78,6 +78,9 @@ POOL = 2_000
 BAND = 0.85
 """Architectures that use less of the budget come after those that use this much, as in `BandSampler`."""
 
+WARM_UP = 1000
+"""Steps of the weights before α moves, where a run states none: a mixed step is a step of every operation."""
+
 
 class GradientSettings(Settings):
     """What all gradient methods share. Adam's defaults are those of both papers."""
