@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
@@ -193,27 +193,49 @@ def _refuse_unfit(config: RunConfig, where: str) -> None:
             f"{where}: search: start_from has no effect on method '{config.method.name}'; remove it, or set "
             f"method: {able}"
         )
-    if config.retrain.start == "supernet" and "extract" not in offers:
-        raise ConfigError(
-            f"{where}: retrain: 'start: supernet' takes a network's first weights from the evaluator, and "
-            f"'{name}' has none to give; set start: scratch"
-        )
     if "extract" in offers and config.search.warm_up == 0 and not config.search.train_in_search:
         raise ConfigError(
             f"{where}: search: warm_up is 0 and train_in_search false, so '{name}' would judge by weights "
             "that nothing has trained; set warm_up (3000 by default), or train_in_search: true"
         )
-    _refuse_other_supernet(config, where)
+    if config.retrain.start == "supernet":
+        _refuse_weights_of_none(config, f"{where}: retrain", "start")
+    if config.derive.trial_start == "supernet":
+        _refuse_weights_of_none(config, f"{where}: derive", "trial_start")
 
 
-def _refuse_other_supernet(config: RunConfig, where: str) -> None:
-    """A supernet of another size than the networks has no weights for them."""
-    sizes = ("search_channels", "search_layers")
-    if config.retrain.start == "supernet" and any(getattr(config.space.settings, s, None) for s in sizes):
+def _refuse_weights_of_none(config: RunConfig, where: str, key: str) -> None:
+    """Networks cannot start from weights that the evaluator does not have."""
+    if not _has_weights(config):
         raise ConfigError(
-            f"{where}: retrain: 'start: supernet' takes weights from a supernet that {' or '.join(sizes)} "
-            "makes of another size than the networks; set start: scratch, or remove these of the space"
+            f"{where}: '{key}: supernet' takes a network's first weights from the evaluator, and "
+            f"'{config.evaluator.name}' has none to give; set {key}: scratch"
         )
+    if not _is_of_full_size(config):
+        raise ConfigError(
+            f"{where}: '{key}: supernet' takes weights from a supernet that {' or '.join(_OTHER_SIZES)} "
+            f"makes of another size than the networks; set {key}: scratch, or remove these of the space"
+        )
+
+
+_OTHER_SIZES = ("search_channels", "search_layers")
+"""Settings of a space that make its supernet smaller than its networks."""
+
+
+def _has_weights(config: RunConfig) -> bool:
+    return "extract" in EVALUATORS[config.evaluator.name]().offers
+
+
+def _is_of_full_size(config: RunConfig) -> bool:
+    return not any(getattr(config.space.settings, size, None) for size in _OTHER_SIZES)
+
+
+def start_of_trials(config: RunConfig) -> Literal["supernet", "scratch"]:
+    """Where finalists take their first weights from: as the run says, or the supernet's where there are
+    any."""
+    if config.derive.trial_start is not None:
+        return config.derive.trial_start
+    return "supernet" if _has_weights(config) and _is_of_full_size(config) else "scratch"
 
 
 def _mapping(values: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.random import Generator
@@ -42,9 +42,10 @@ class DeriveSettings(Settings):
     `high` at most; what is counted is exact and may be used up. Up to `rescored` of them are shortlisted by a
     quick look and timed. When timed, `guard` of the budget must stay free, and networks that use less than
     `least` come last. The others are rescored thoroughly; the `best`, `uniform` and `random` ones become
-    finalists, tried for `trial_epochs`. `samples` are drawn from each of the search's distributions, beside
-    what it has seen. A tier whose finished network is measured over its latency budget after all is derived
-    and trained again, `attempts` times in all."""
+    finalists, tried for `trial_epochs`. Trials start from the supernet's weights where the evaluator has
+    them, which tells the best apart sooner than fresh ones, or as `trial_start` says. `samples` are drawn
+    from each of the search's distributions, beside what it has seen. A tier whose finished network is
+    measured over its latency budget after all is derived and trained again, `attempts` times in all."""
 
     low: float = Field(0.975, gt=0, lt=1)
     high: float = Field(0.985, gt=0, le=1)
@@ -56,6 +57,7 @@ class DeriveSettings(Settings):
     random: int = Field(1, ge=0)
     uniform: int = Field(1, ge=0)
     trial_epochs: int = Field(1, ge=0)
+    trial_start: Literal["supernet", "scratch"] | None = None
     attempts: int = Field(3, ge=1)
     trusted_correlation: float = Field(0.5, ge=-1, le=1)
 

@@ -279,6 +279,25 @@ def test_brief_trainings_are_paid_for_once(cli: Cli, copied: Path) -> None:
     assert json.loads((copied / DEVICE / "l" / "arch.json").read_text())["arch"] == arch
 
 
+def test_trials_belong_to_the_search_whose_weights_they_start_from(cli: Cli, copied: Path) -> None:
+    """Fresh weights owe nothing to a search, and lead elsewhere."""
+
+    def trials() -> dict[str, Json]:
+        return {path.name: json.loads(path.read_text()) for path in copied.glob("search/trials/*.json")}
+
+    of_search = trials()
+    assert of_search and all("search" in record["inputs"] for record in of_search.values())
+    for path in [*copied.glob("search/trials/*"), *copied.glob(f"{DEVICE}/*/arch.json")]:
+        path.unlink()
+    rewrite(copied, derive={**TINY["derive"], "trial_start": "scratch"})
+    outcome = cli("derive", "--out", copied)
+    assert outcome.code == 0, outcome
+    fresh = trials()
+    assert fresh and not any("search" in record["inputs"] for record in fresh.values())
+    both = fresh.keys() & of_search.keys()
+    assert any(fresh[name]["accuracy"] != of_search[name]["accuracy"] for name in both)
+
+
 def test_the_largest_tier_is_trained_first_and_teaches(cli: Cli, copied: Path) -> None:
     """`--tier s` alone brings its teacher along; first weights come from the supernet."""
     recipe = {"epochs": 1, "start": "supernet", "distil": {"weight": 0.5}}

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from tiny_run import DEVICE, TIERS, TINY, Cli
 
-from pipeline.config import RunConfig, SearchSettings, parse
+from pipeline.config import RunConfig, SearchSettings, parse, start_of_trials
 from pipeline.errors import ConfigError
 from pipeline.evaluators import EVALUATORS
 from pipeline.progress import Silent
@@ -100,13 +100,24 @@ def test_an_evaluator_that_cannot_mix_is_refused_by_name(method: str) -> None:
     assert str(refused.value).endswith("set evaluator: relaxed, relaxed-adversarial")
 
 
-def test_first_weights_from_a_mixed_supernet_are_refused() -> None:
-    with pytest.raises(ConfigError, match="'start: supernet' takes .* 'relaxed' has none to give; set start"):
-        parsed(method="darts", retrain={"start": "supernet"})
-    assert parsed(retrain={"start": "supernet"}).retrain.start == "supernet"
+@pytest.mark.parametrize(("section", "key"), [("retrain", "start"), ("derive", "trial_start")])
+def test_first_weights_from_a_mixed_supernet_are_refused(section: str, key: str) -> None:
+    wanted = {section: {key: "supernet"}}
+    none = rf"{section}: '{key}: supernet' takes .* 'relaxed' has none to give; set {key}: scratch"
+    with pytest.raises(ConfigError, match=none):
+        parsed(method="darts", **wanted)
+    assert parsed(**wanted).to_json()[section][key] == "supernet"
     smaller = {"name": "cell", "search_layers": 3}
     with pytest.raises(ConfigError, match="from a supernet that search_channels or search_layers makes of"):
-        parsed(space=smaller, retrain={"start": "supernet"})
+        parsed(space=smaller, **wanted)
+
+
+def test_trials_start_from_the_supernet_where_it_has_their_weights() -> None:
+    assert start_of_trials(parsed()) == "supernet"
+    assert start_of_trials(parsed(derive={"trial_start": "scratch"})) == "scratch"
+    assert start_of_trials(parsed(method="darts")) == "scratch"
+    assert start_of_trials(parsed(evaluator="params")) == "scratch"
+    assert start_of_trials(parsed(space={"name": "cell", "search_layers": 3})) == "scratch"
 
 
 def test_needs_are_words_that_some_evaluator_offers() -> None:

@@ -230,7 +230,7 @@ class TierRankingEntry(_Entry):
 
 
 class RankingPointEntry(_OpenEntry):
-    """One network that was ranked by the search and trained briefly on its own."""
+    """One network that was ranked by the search and trained briefly."""
 
     device: str
     name: str

@@ -44,9 +44,9 @@ class SearchMethod(NamedTuple):
     `run(problem, config, *, checkpoint, trace, progress)` returns a SearchResult; `trace` takes one JSON
     record per iteration. `needs` names what the evaluator must offer beyond the Evaluator protocol.
     `suggests(config)` gives what a run gets where it states nothing else: the name of an `evaluator`,
-    settings of the `space`, as far as it has them, `warm_up`, and `evaluations` of each tier. One that `warm_starts`
-    begins with what an earlier search liked. `asks(config, K)` is how many architectures one that samples
-    asks for in an iteration for K tiers."""
+    settings of the `space`, as far as it has them, `warm_up`, and `evaluations` of each tier. One that
+    `warm_starts` begins with what an earlier search liked. `asks(config, K)` is how many architectures one
+    that samples asks for in an iteration for K tiers."""
 
     config: type[Settings]
     run: Run

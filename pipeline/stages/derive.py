@@ -12,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 
 from pipeline.artifacts import FileCheckpoint
+from pipeline.config import start_of_trials
 from pipeline.costs.budgets import usage_of_budgets
 from pipeline.costs.table import LATENCY, CautiousCosts
 from pipeline.derive import Deriver, Remembered, Usage
@@ -23,9 +24,12 @@ from pipeline.spaces.base import RelaxedSpace
 from pipeline.stages.jobs import Jobs, engine_for
 from pipeline.stages.lineage import current_record, inputs_of_tier
 from pipeline.stages.misses import misses_of, misses_path, stricter
-from pipeline.stages.networks import fresh_network, hash_of_recipe, searched_evaluator
+from pipeline.stages.networks import first_weights, hash_of_recipe, searched_evaluator
 from pipeline.stages.records import (
     chosen_tiers,
+    evaluator_path,
+    hash_of_record,
+    search_path,
     search_record,
     write_record,
 )
@@ -170,11 +174,13 @@ def try_one(run: Run, job: Json) -> Json:
     arch, recipe = Arch.from_json(job["arch"]), _trial_recipe(run)
     path = _trial_path(run, arch)
     inputs = {**run.input_hashes, "recipe": hash_of_recipe(run, recipe)}
+    if recipe.start == "supernet":
+        inputs["search"] = hash_of_record(run, search_path(run), "search")
     record = run.folder.read_record(path, inputs)
     if record is None:
         checkpoint = FileCheckpoint(path.with_suffix(".npz"))
         trained = retrain(
-            fresh_network(run, arch),
+            first_weights(run, arch, recipe.start),
             run.task,
             recipe,
             seed=run.config.seed,
@@ -194,7 +200,10 @@ JOBS: Jobs = {"trial": try_one}
 
 def _read_by_trial(run: Run, job: Json) -> list[Path]:
     trial = _trial_path(run, Arch.from_json(job["arch"]))
-    return [trial, trial.with_suffix(".npz")]
+    reads = [trial, trial.with_suffix(".npz")]
+    if start_of_trials(run.config) == "supernet":
+        reads += [search_path(run), evaluator_path(run)]
+    return reads
 
 
 def _trial_path(run: Run, arch: Arch) -> Path:
@@ -202,5 +211,6 @@ def _trial_path(run: Run, arch: Arch) -> Path:
 
 
 def _trial_recipe(run: Run) -> Recipe:
-    changes = {"epochs": run.config.derive.trial_epochs, "start": "scratch", "distil": None}
-    return run.config.retrain.model_copy(update=changes)
+    config = run.config
+    changes = {"epochs": config.derive.trial_epochs, "start": start_of_trials(config), "distil": None}
+    return config.retrain.model_copy(update=changes)

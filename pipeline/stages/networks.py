@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pipeline.artifacts import read_arrays, sha256_file, sha256_json
 from pipeline.errors import CorruptArtifact, RunFolderError
@@ -32,6 +32,22 @@ def fresh_network(run: Run, arch: Arch) -> nn.Module:
 
     with seeded(run.config.seed):
         return run.space.build(arch)
+
+
+def first_weights(run: Run, arch: Arch, start: Literal["supernet", "scratch"]) -> nn.Module:
+    """Fresh weights, or the supernet's with batch norm settled on training images."""
+    if start == "scratch":
+        return fresh_network(run, arch)
+    from pipeline.data.batches import Batches
+    from pipeline.evaluators.one_shot import OneShotEvaluator
+    from pipeline.train.ema import recalibrate
+
+    evaluator = searched_evaluator(run)
+    assert isinstance(evaluator, OneShotEvaluator)
+    network = evaluator.supernet.extract(arch)
+    stream = Batches(run.task, "weights", 256, seed=run.config.seed, augment=False, drop_last=False)
+    recalibrate(network, stream, batches=min(20, stream.steps_per_epoch))
+    return network
 
 
 def trained_network(run: Run, tier: Tier) -> nn.Module:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pipeline.artifacts import FileCheckpoint, sha256_file, write_bytes
 from pipeline.ranks import SharedCheckpoint
 from pipeline.run import Run
 from pipeline.stages.jobs import Jobs, engine_for
 from pipeline.stages.lineage import current_record, inputs_of_tier
-from pipeline.stages.networks import fresh_network, searched_evaluator, trained_network
+from pipeline.stages.networks import first_weights, trained_network
 from pipeline.stages.records import (
     arch_of,
     chosen_tiers,
@@ -21,10 +20,7 @@ from pipeline.stages.records import (
     weights_path,
     write_record,
 )
-from pipeline.types import Arch, Json, Tier
-
-if TYPE_CHECKING:
-    from torch import nn
+from pipeline.types import Json, Tier
 
 
 def retrain_stage(run: Run, only: str | None = None) -> None:
@@ -67,7 +63,7 @@ def retrain_one(run: Run, job: Json) -> Json:
     tier = chosen_tiers(run, job["tier"])[0]
     inputs, largest = inputs_of_tier(run, tier, "retrain"), _largest_first(run)[0]
     checkpoint = FileCheckpoint(_checkpoint_path(run, tier))
-    network = _first_weights(run, arch_of(run, tier))
+    network = first_weights(run, arch_of(run, tier), run.config.retrain.start)
     record = retrain(
         network,
         run.task,
@@ -111,20 +107,3 @@ def _largest_first(run: Run, only: str | None = None) -> list[Tier]:
     by_size = sorted(run.tiers, key=lambda tier: -record_of(run, tier, "derive")["predicted"]["flops"])
     keep_first = run.config.retrain.distil is not None
     return [tier for index, tier in enumerate(by_size) if tier in chosen or (index == 0 and keep_first)]
-
-
-def _first_weights(run: Run, arch: Arch) -> nn.Module:
-    """Fresh weights, or, with `start: supernet`, the shared ones with batch norm settled on training
-    images."""
-    if run.config.retrain.start == "scratch":
-        return fresh_network(run, arch)
-    from pipeline.data.batches import Batches
-    from pipeline.evaluators.one_shot import OneShotEvaluator
-    from pipeline.train.ema import recalibrate
-
-    evaluator = searched_evaluator(run)
-    assert isinstance(evaluator, OneShotEvaluator)
-    network = evaluator.supernet.extract(arch)
-    stream = Batches(run.task, "weights", 256, seed=run.config.seed, augment=False, drop_last=False)
-    recalibrate(network, stream, batches=min(20, stream.steps_per_epoch))
-    return network
