@@ -90,6 +90,14 @@ class RunConfig:
     seed: int
     device: str
 
+    @property
+    def start_of_trials(self) -> Literal["supernet", "scratch"]:
+        """Where finalists take their first weights from: as the run says, or the supernet's where there are
+        any."""
+        if self.derive.trial_start is not None:
+            return self.derive.trial_start
+        return "supernet" if _has_weights(self) and _is_of_full_size(self) else "scratch"
+
     def to_json(self) -> Json:
         """Everything, defaults included; `parse` reads it back to an equal value. Of data and profiles only
         what was stated: both refuse a setting that has no effect, which a default that is written out is."""
@@ -228,14 +236,6 @@ def _has_weights(config: RunConfig) -> bool:
 
 def _is_of_full_size(config: RunConfig) -> bool:
     return not any(getattr(config.space.settings, size, None) for size in _OTHER_SIZES)
-
-
-def start_of_trials(config: RunConfig) -> Literal["supernet", "scratch"]:
-    """Where finalists take their first weights from: as the run says, or the supernet's where there are
-    any."""
-    if config.derive.trial_start is not None:
-        return config.derive.trial_start
-    return "supernet" if _has_weights(config) and _is_of_full_size(config) else "scratch"
 
 
 def _mapping(values: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from tiny_run import DEVICE, TIERS, TINY, Cli
 
-from pipeline.config import RunConfig, SearchSettings, parse, start_of_trials
+from pipeline.config import RunConfig, SearchSettings, parse
 from pipeline.errors import ConfigError
 from pipeline.evaluators import EVALUATORS
 from pipeline.progress import Silent
@@ -113,11 +113,11 @@ def test_first_weights_from_a_mixed_supernet_are_refused(section: str, key: str)
 
 
 def test_trials_start_from_the_supernet_where_it_has_their_weights() -> None:
-    assert start_of_trials(parsed()) == "supernet"
-    assert start_of_trials(parsed(derive={"trial_start": "scratch"})) == "scratch"
-    assert start_of_trials(parsed(method="darts")) == "scratch"
-    assert start_of_trials(parsed(evaluator="params")) == "scratch"
-    assert start_of_trials(parsed(space={"name": "cell", "search_layers": 3})) == "scratch"
+    assert parsed().start_of_trials == "supernet"
+    assert parsed(derive={"trial_start": "scratch"}).start_of_trials == "scratch"
+    assert parsed(method="darts").start_of_trials == "scratch"
+    assert parsed(evaluator="params").start_of_trials == "scratch"
+    assert parsed(space={"name": "cell", "search_layers": 3}).start_of_trials == "scratch"
 
 
 def test_needs_are_words_that_some_evaluator_offers() -> None:

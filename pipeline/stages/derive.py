@@ -12,7 +12,6 @@ from typing import Any, cast
 import numpy as np
 
 from pipeline.artifacts import FileCheckpoint
-from pipeline.config import start_of_trials
 from pipeline.costs.budgets import usage_of_budgets
 from pipeline.costs.table import LATENCY, CautiousCosts
 from pipeline.derive import Deriver, Remembered, Usage
@@ -201,7 +200,7 @@ JOBS: Jobs = {"trial": try_one}
 def _read_by_trial(run: Run, job: Json) -> list[Path]:
     trial = _trial_path(run, Arch.from_json(job["arch"]))
     reads = [trial, trial.with_suffix(".npz")]
-    if start_of_trials(run.config) == "supernet":
+    if run.config.start_of_trials == "supernet":
         reads += [search_path(run), evaluator_path(run)]
     return reads
 
@@ -212,5 +211,5 @@ def _trial_path(run: Run, arch: Arch) -> Path:
 
 def _trial_recipe(run: Run) -> Recipe:
     config = run.config
-    changes = {"epochs": config.derive.trial_epochs, "start": start_of_trials(config), "distil": None}
+    changes = {"epochs": config.derive.trial_epochs, "start": config.start_of_trials, "distil": None}
     return config.retrain.model_copy(update=changes)
