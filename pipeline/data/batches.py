@@ -92,14 +92,6 @@ class Batches:
         return self._orders[epoch]
 
 
-def in_equal_parts(batch: tuple[Tensor, Tensor], at_most: int) -> list[tuple[Tensor, Tensor]]:
-    """The images and labels of a batch in as few parts as may be, none of more than `at_most` images and
-    their sizes one apart at the most."""
-    images, labels = batch
-    parts = -(-len(labels) // at_most)
-    return list(zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True))
-
-
 def evaluation_batches(
     task: ImageTask, split: SearchSplit, batch_size: int, device: str = "cpu"
 ) -> Iterator[tuple[Tensor, Tensor]]:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Literal
 
@@ -31,8 +32,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline.data.base import ImageTask
-from pipeline.data.batches import Batches, in_equal_parts
+from pipeline.data.batches import Batches
 from pipeline.errors import DivergedTraining
+from pipeline.evaluators.mean_loss import mean_loss
 from pipeline.ranks import ALONE, Ranks, share_out
 from pipeline.settings import Settings
 from pipeline.spaces.base import SearchSpace
@@ -208,16 +210,13 @@ class OneShotEvaluator:
         steps = range(self._thorough_batches) if thorough else range(step, step + 1)
         losses = np.zeros((len(archs), 1))
         for at in steps:
-            parts = in_equal_parts(self._to_device(stream.at(at)), self.settings.evaluation_batch)
-            of_step = [self._mean_loss(parts, arch) for arch in archs]
+            batch = self._to_device(stream.at(at))
+            of_step = [
+                mean_loss(partial(self._logits, arch=arch), batch, self.settings.evaluation_batch)
+                for arch in archs
+            ]
             losses[:, 0] += np.array(_to_host(of_step)) / len(steps)
         return losses
-
-    def _mean_loss(self, parts: Sequence[tuple[Tensor, Tensor]], arch: Arch) -> Tensor:
-        total = torch.stack(
-            [F.cross_entropy(self._logits(images, arch), labels, reduction="sum") for images, labels in parts]
-        ).sum()
-        return total / sum(len(labels) for _, labels in parts)
 
     def _to_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         images, labels = batch

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, Protocol, cast
 
 import numpy as np
@@ -23,8 +24,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pipeline.data.base import ImageTask
-from pipeline.data.batches import Batches, in_equal_parts
+from pipeline.data.batches import Batches
 from pipeline.errors import ConfigError, DivergedTraining
+from pipeline.evaluators.mean_loss import mean_loss
 from pipeline.settings import Settings
 from pipeline.spaces.base import RelaxedSpace, SearchSpace
 from pipeline.types import Arch, Arrays, FitInfo, FloatArray, Slot
@@ -201,17 +203,12 @@ class RelaxedSupernet:
         mixtures = [self._tensor(self.mix_of(arch)) for arch in archs]
         losses_N1 = np.zeros((len(archs), 1))
         for at in steps:
-            parts = in_equal_parts(self._to_device(stream.at(at)), self.settings.evaluation_batch)
+            batch = self._to_device(stream.at(at))
             for row, mixture in enumerate(mixtures):
-                losses_N1[row, 0] += self._mean_loss(parts, mixture) / len(steps)
+                forward = partial(self.supernet.forward, mix_EO=mixture)
+                loss = mean_loss(forward, batch, self.settings.evaluation_batch)
+                losses_N1[row, 0] += float(loss) / len(steps)
         return losses_N1
-
-    def _mean_loss(self, parts: Sequence[Batch], mixture: Tensor) -> float:
-        found = [
-            F.cross_entropy(self.supernet.forward(images, mixture), labels, reduction="sum")
-            for images, labels in parts
-        ]
-        return float(torch.stack(found).sum()) / sum(len(labels) for _, labels in parts)
 
     def _tensor(self, mix_EO: FloatArray) -> Tensor:
         return torch.from_numpy(mix_EO.astype(np.float32)).to(self.device)
