@@ -210,7 +210,7 @@ class Gym:
     recipe: Recipe
 
     def path(self, entrant: Entrant, seed: int) -> Path:
-        name = f"{entrant.key(self.run.space)}-{self.recipe.epochs}epochs-seed{seed}.json"
+        name = f"{entrant.key(self.run.space)}-{self.recipe.epochs:g}epochs-seed{seed}.json"
         return self.work.path("networks", name)
 
     def _inputs(self, seed: int) -> dict[str, str]:
@@ -482,7 +482,7 @@ def _epoch_seconds(run: Run, tier: Tier) -> float:
     arch = record_of(run, tier, "derive")["arch"]
     twins = [other for other in run.tiers if record_of(run, other, "derive")["arch"] == arch]
     records = [record_of(run, twin, "retrain") for twin in twins]
-    return max(float(record["seconds"]) / int(record["epochs"]) for record in records)
+    return max(float(record["seconds"]) / float(record["epochs"]) for record in records)
 
 
 def add_workers(parser: ArgumentParser) -> None:

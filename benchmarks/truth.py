@@ -40,7 +40,7 @@ class Row:
     recipe: str
     choices: str
     seed: int
-    epochs: int
+    epochs: float
     tier: str
     latency_ms: float
     params: int

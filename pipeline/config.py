@@ -98,6 +98,14 @@ class RunConfig:
             return self.derive.trial_start
         return "supernet" if _has_weights(self) and _is_of_full_size(self) else "scratch"
 
+    @property
+    def epochs_of_trials(self) -> float:
+        """How long finalists are tried, 0 where they are not: as the run says, or long enough from where they
+        start."""
+        if self.derive.trial_epochs is not None:
+            return self.derive.trial_epochs
+        return 0.5 if self.start_of_trials == "supernet" else 1
+
     def to_json(self) -> Json:
         """Everything, defaults included; `parse` reads it back to an equal value. Of data and profiles only
         what was stated: both refuse a setting that has no effect, which a default that is written out is."""

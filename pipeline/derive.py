@@ -23,6 +23,7 @@ from pydantic import Field, model_validator
 from pipeline.algorithms.walk import in_band, walk_into_band
 from pipeline.errors import BudgetMissed, InfeasibleBudget
 from pipeline.settings import Settings
+from pipeline.train.recipe import Epochs
 from pipeline.types import (
     Arch,
     BoolArray,
@@ -42,10 +43,11 @@ class DeriveSettings(Settings):
     `high` at most; what is counted is exact and may be used up. Up to `rescored` of them are shortlisted by a
     quick look and timed. When timed, `guard` of the budget must stay free, and networks that use less than
     `least` come last. The others are rescored thoroughly; the `best`, `uniform` and `random` ones become
-    finalists, tried for `trial_epochs`. Trials start from the supernet's weights where the evaluator has
-    them, which tells the best apart sooner than fresh ones, or as `trial_start` says. `samples` are drawn
-    from each of the search's distributions, beside what it has seen. A tier whose finished network is
-    measured over its latency budget after all is derived and trained again, `attempts` times in all."""
+    finalists, tried for `trial_epochs` (0: not at all). Trials start from the supernet's weights where the
+    evaluator has them, or as `trial_start` says; from there half an epoch tells the best apart as well as a
+    whole one from fresh weights, and is what they get by default. `samples` are drawn from each of the
+    search's distributions, beside what it has seen. A tier whose finished network is measured over its
+    latency budget after all is derived and trained again, `attempts` times in all."""
 
     low: float = Field(0.975, gt=0, lt=1)
     high: float = Field(0.985, gt=0, le=1)
@@ -53,10 +55,10 @@ class DeriveSettings(Settings):
     least: float = Field(0.97, ge=0, lt=1)
     samples: int = Field(2000, ge=0)
     rescored: int = Field(32, ge=1)
-    best: int = Field(3, ge=1)
+    best: int = Field(6, ge=1)
     random: int = Field(1, ge=0)
     uniform: int = Field(1, ge=0)
-    trial_epochs: int = Field(1, ge=0)
+    trial_epochs: Epochs | None = Field(None, ge=0)
     trial_start: Literal["supernet", "scratch"] | None = None
     attempts: int = Field(3, ge=1)
     trusted_correlation: float = Field(0.5, ge=-1, le=1)
@@ -196,6 +198,9 @@ class Ranker(Protocol):
         ...
 
 
+LOOKED_AT, LOOKED_AT_MOST = 4, 8
+"""Members of a band for each that is shortlisted."""
+
 RANKED_AT_ONCE = 16
 """Enough for an evaluator that works on several at a time."""
 
@@ -328,7 +333,9 @@ class Deriver:
             if not seen:
                 raise
             return ()
-        quick = dict(zip(members, self.ranker.quick(members[: 8 * self.settings.rescored]), strict=False))
+        quick = dict(
+            zip(members, self.ranker.quick(members[: LOOKED_AT_MOST * self.settings.rescored]), strict=False)
+        )
         short = self._shortlist(members, np.array(list(quick.values())), rng)
         return self._candidates(short, timed, np.array([quick.get(arch, math.inf) for arch in short]))
 
@@ -417,7 +424,8 @@ class Deriver:
     def _filled(self, pool: Sequence[Arch], timed: Usage, rng: Generator) -> Sequence[Arch]:
         """The pool, and where too few of it are in the band, what walks from the nearest ones find there and
         on their way."""
-        low, enough, name = self.settings.low / self.settings.high, self.settings.rescored, self.space.name
+        low, name = self.settings.low / self.settings.high, self.space.name
+        enough = LOOKED_AT * self.settings.rescored
 
         def share(archs: Sequence[Arch]) -> FloatArray:
             return np.maximum(timed(archs) / self.settings.high, self.counted(archs))
@@ -438,10 +446,10 @@ class Deriver:
         return list(dict.fromkeys([*pool, *found]))
 
     def _shortlist(self, members: Sequence[Arch], quick_N: FloatArray, rng: Generator) -> list[Arch]:
-        """The better half by a quick look, some uniform ones, and random ones to fill up."""
+        """Three quarters are the best by a quick look; then some uniform ones, and random ones to fill up."""
         order = [members[i] for i in np.argsort(quick_N, kind="stable")]
-        best = order[: self.settings.rescored // 2]
-        alike = [arch for arch in order if arch in self.uniform][: self.settings.rescored // 4]
+        best = order[: 3 * self.settings.rescored // 4]
+        alike = [arch for arch in order if arch in self.uniform][: self.settings.rescored // 8]
         shuffled = [members[i] for i in rng.permutation(len(members))]
         return list(dict.fromkeys([*best, *alike, *shuffled]))[: self.settings.rescored]
 

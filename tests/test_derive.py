@@ -265,6 +265,19 @@ def test_a_band_that_the_search_left_empty_is_filled_by_walking() -> None:
     assert arch not in ARCHS[:20] and all(trial.keeps_budget(0.0) for trial in trials)
 
 
+def test_many_of_a_band_are_looked_at_and_most_that_are_timed_are_its_best() -> None:
+    """Every network takes the same, so the band is the space."""
+    device = FakeDevice(lambda arch: 0.98 * BUDGET_MS)
+    settings = SETTINGS.model_copy(update={"rescored": 8, "best": 8, "random": 0, "uniform": 0})
+    made = deriver(device=device, settings=settings)
+    made.derive(ARCHS[:20], usage_of(device.ms), rng())
+    looked_at, found = 4 * settings.rescored, {arch.choices[0] for arch in device.timed}
+    assert looked_at > 20, "the pool alone must be too small"
+    best_of_pool = sorted(range(20), key=lambda i: LOSS[i])[:6]
+    assert len(found & set(best_of_pool)) < 6, "walking must have found better ones"
+    assert len({i for i in found if LOSS[i] < 10}) >= 6
+
+
 def test_a_band_without_width_is_refused() -> None:
     with pytest.raises(ValueError, match=r"low \(0\.97\) must be below high \(0\.96\)"):
         DeriveSettings(low=0.97, high=0.96)

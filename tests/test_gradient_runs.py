@@ -120,6 +120,14 @@ def test_trials_start_from_the_supernet_where_it_has_their_weights() -> None:
     assert parsed(space={"name": "cell", "search_layers": 3}).start_of_trials == "scratch"
 
 
+def test_trials_are_half_as_long_from_the_supernet_unless_the_run_says_otherwise() -> None:
+    assert parsed(derive={}).epochs_of_trials == 0.5
+    assert parsed(derive={"trial_start": "scratch"}).epochs_of_trials == 1
+    assert parsed(evaluator="params", derive={}).epochs_of_trials == 1
+    for epochs in (0, 0.25, 3):
+        assert parsed(derive={"trial_epochs": epochs}).epochs_of_trials == epochs
+
+
 def test_needs_are_words_that_some_evaluator_offers() -> None:
     offered = {word for entry in EVALUATORS.values() for word in entry().offers}
     assert all(method.needs <= offered for method in METHODS.values())

@@ -165,7 +165,7 @@ class ArchitectureEntry(_Entry):
 class TrainingEntry(_OpenEntry):
     """How the weights were trained."""
 
-    epochs: Count
+    epochs: Positive
     best_epoch: Count
     seconds: NotNegative
     recipe: dict[str, JsonValue]

@@ -107,7 +107,7 @@ def _deriver(run: Run, tier: Tier, ranker: Remembered, engine: Engine) -> Derive
         device=run.bench(run.profile(tier.device)) if _can_be_timed(run, tier) else None,
         counted=_usage_within(run.costs[tier.device], tier, lambda metric: metric != LATENCY),
         refit=refit,
-        try_accuracies=try_accuracies if run.config.derive.trial_epochs > 0 else None,
+        try_accuracies=try_accuracies if run.config.epochs_of_trials > 0 else None,
         say=run.progress.say,
     )
 
@@ -211,5 +211,5 @@ def _trial_path(run: Run, arch: Arch) -> Path:
 
 def _trial_recipe(run: Run) -> Recipe:
     config = run.config
-    changes = {"epochs": config.derive.trial_epochs, "start": config.start_of_trials, "distil": None}
+    changes = {"epochs": config.epochs_of_trials, "start": config.start_of_trials, "distil": None}
     return config.retrain.model_copy(update=changes)

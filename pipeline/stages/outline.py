@@ -40,13 +40,13 @@ def work(run: Run) -> str:
     learns = bool(EVALUATORS[config.evaluator.name]().offers)  # a supernet's weights, of one kind or another
     warm_up = f"{search.warm_up} steps of warm-up and " if learns else ""
     finalists = derive.best + derive.random + derive.uniform
-    trials = f"up to {num_tiers} × {finalists} trials of {_epochs(derive.trial_epochs)}, "
+    trials = f"up to {num_tiers} × {finalists} trials of {_epochs(config.epochs_of_trials)}, "
     return (
         f"plan: {warm_up}{search.evaluations} {unit} ({name} by {config.evaluator.name}), "
-        f"{trials if derive.trial_epochs else ''}{num_tiers} × {_epochs(config.retrain.epochs)} of training, "
-        "export, measuring"
+        f"{trials if config.epochs_of_trials else ''}{num_tiers} × {_epochs(config.retrain.epochs)} of "
+        "training, export, measuring"
     )
 
 
-def _epochs(number: int) -> str:
-    return f"{number} epoch{'' if number == 1 else 's'}"
+def _epochs(number: float) -> str:
+    return f"{number:g} epoch{'' if number == 1 else 's'}"

@@ -13,7 +13,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    PlainSerializer,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from pipeline.settings import Settings
 
@@ -61,21 +68,34 @@ class Robustness(Settings):
         return self
 
 
+def _whole_if_it_is(number: float) -> float:
+    return int(number) if number == int(number) else number
+
+
+Epochs = Annotated[
+    float,
+    Field(allow_inf_nan=False),
+    AfterValidator(_whole_if_it_is),
+    PlainSerializer(_whole_if_it_is, return_type=int | float),
+]
+"""Whole ones are written as such: 2.0 is 2."""
+
+
 class Recipe(Settings):
     """One network's training.
 
-    `lr` is the peak; `warmup_share` the share of all steps before it; `cutout` the side in pixels of a square
-    that is covered in every image (arXiv 1708.04552), `clip_norm` the largest gradient norm and `ema_decay`
-    the averaged weights' memory per step (0 switches any of them off); `distil` takes effect where
-    there is a teacher (all tiers but the largest); with `adversarial` all batches are adversarial, and
-    weights are chosen by what FGSM with the same ε leaves of their accuracy; `start` says where the caller
-    takes the first weights from; the architecture split is read every `evaluate_every` epochs, counted back
-    from the last one. bf16 is autocast: it pays on GPUs, and slows depthwise networks down on CPUs;
-    `compile` (torch.compile, which needs a C++ compiler) costs a minute before the first step and brings
-    nothing to these networks on a CPU; with `cuda_graph` a GPU gets its steps as a whole (`graphs.py`), where
-    they are all alike."""
+    `epochs` may be a fraction, and the last one ends early; `lr` is the peak; `warmup_share` the share of all
+    steps before it; `cutout` the side in pixels of a square that is covered in every image (arXiv
+    1708.04552), `clip_norm` the largest gradient norm and `ema_decay` the averaged weights' memory per step
+    (0 switches any of them off); `distil` takes effect where there is a teacher (all tiers but the largest);
+    with `adversarial` all batches are adversarial, and weights are chosen by what FGSM with the same ε leaves
+    of their accuracy; `start` says where the caller takes the first weights from; the architecture split is
+    read every `evaluate_every` epochs, counted back from the last one. bf16 is autocast: it pays on GPUs, and
+    slows depthwise networks down on CPUs; `compile` (torch.compile, which needs a C++ compiler) costs a
+    minute before the first step and brings nothing to these networks on a CPU; with `cuda_graph` a GPU gets
+    its steps as a whole (`graphs.py`), where they are all alike."""
 
-    epochs: int = Field(20, ge=1)
+    epochs: Epochs = Field(20, gt=0)
     batch_size: int = Field(64, ge=2)
     lr: float = Field(0.1, gt=0, allow_inf_nan=False)
     momentum: float = Field(0.9, ge=0, lt=1)
@@ -111,8 +131,9 @@ class Recipe(Settings):
         return values
 
     def steps(self, images: int) -> int:
-        """Optimiser steps of the whole training; an incomplete batch at the end of an epoch is left out."""
-        return self.epochs * (images // min(self.batch_size, images))
+        """Optimiser steps of the whole training, one at least; an incomplete batch at the end of an epoch is
+        left out."""
+        return max(1, round(self.epochs * (images // min(self.batch_size, images))))
 
     def learning_rate(self, step: int, steps: int) -> float:
         """The rate of step 0 ≤ `step` < `steps`: a line that reaches `lr` with the last warm-up step, then
@@ -122,9 +143,9 @@ class Recipe(Settings):
             return self.lr * (step + 1) / warmup
         return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
-    def evaluates(self, epoch: int) -> bool:
+    def evaluates(self, epoch: int, last: int) -> bool:
         """Whether the architecture split is read after this epoch (the first is 1); always after the last."""
-        return (self.epochs - epoch) % self.evaluate_every == 0
+        return (last - epoch) % self.evaluate_every == 0
 
 
 def decay_groups(network: nn.Module, weight_decay: float) -> list[dict[str, object]]:

@@ -65,7 +65,7 @@ class TrainRecord:
     split as it is; `weights` says whether those are the trained or the averaged ones. `seconds` is the time
     of training and evaluation, over interruptions too; `images_per_second` is of training alone."""
 
-    epochs: int
+    epochs: float
     best_epoch: int
     weights: Weights
     accuracy: float
@@ -214,6 +214,7 @@ class _Run:
             device=device,
         )
         self.steps = recipe.steps(len(task.splits["weights"]))
+        self.epochs = math.ceil(self.steps / self.batches.steps_per_epoch)
         over_ranks = self._over_ranks()
         self.forward = torch.compile(over_ranks) if recipe.compile else over_ranks
         self.teacher = teacher
@@ -257,7 +258,7 @@ class _Run:
         last = saved = time.monotonic()
         while self.step < self.steps:
             self._train_step()
-            ends_epoch = self.step % self.batches.steps_per_epoch == 0
+            ends_epoch = self.step % self.batches.steps_per_epoch == 0 or self.step == self.steps
             if not ends_epoch and time.monotonic() - last < report_seconds:
                 continue
             advance(self._read_losses(), self._note())
@@ -358,11 +359,11 @@ class _Run:
         return len(losses)
 
     def _close_epoch(self) -> None:
-        epoch = self.step // self.batches.steps_per_epoch
-        train_loss = self.epoch_loss / self.batches.steps_per_epoch
+        epoch = math.ceil(self.step / self.batches.steps_per_epoch)
+        train_loss = self.epoch_loss / (self.step - (epoch - 1) * self.batches.steps_per_epoch)
         self.epoch_loss = 0.0
         raw = ema = None
-        if self.recipe.evaluates(epoch):
+        if self.recipe.evaluates(epoch, self.epochs):
             self._settle(epoch)
             raw = self._judge(self.network, epoch, "raw")
             ema = self._judge(self.ema.module, epoch, "ema") if self.ema is not None else None
@@ -393,7 +394,7 @@ class _Run:
     def _note(self) -> str:
         epoch = (self.step - 1) // self.batches.steps_per_epoch
         best = f", best {self.best_score[0]:.2f} %" if self.best_score else ""
-        return f"epoch {epoch + 1}/{self.recipe.epochs}{best}"
+        return f"epoch {epoch + 1}/{self.epochs}{best}"
 
     def _diverged(self, step: int, what: str) -> DivergedTraining:
         lr = self.recipe.learning_rate(step, self.steps)

@@ -31,8 +31,8 @@ def test_no_warm_up_starts_at_the_peak() -> None:
 
 def test_the_last_epoch_is_always_evaluated() -> None:
     recipe = Recipe(epochs=7, evaluate_every=3)
-    assert [epoch for epoch in range(1, 8) if recipe.evaluates(epoch)] == [1, 4, 7]
-    assert [e for e in range(1, 8) if Recipe(epochs=7, evaluate_every=100).evaluates(e)] == [7]
+    assert [epoch for epoch in range(1, 8) if recipe.evaluates(epoch, 7)] == [1, 4, 7]
+    assert [e for e in range(1, 8) if Recipe(epochs=7, evaluate_every=100).evaluates(e, 7)] == [7]
 
 
 def test_steps_count_whole_batches() -> None:
@@ -40,11 +40,26 @@ def test_steps_count_whole_batches() -> None:
     assert Recipe(epochs=3, batch_size=32).steps(20) == 3, "fewer images than a batch make one"
 
 
+def test_epochs_may_be_a_fraction() -> None:
+    assert Recipe(epochs=0.5, batch_size=10).steps(100) == 5
+    assert Recipe(epochs=1.25, batch_size=10).steps(100) == 12
+    assert Recipe(epochs=0.01, batch_size=10).steps(100) == 1, "one step at least"
+    assert Recipe(epochs=0.5).model_dump(mode="json")["epochs"] == 0.5
+
+
+def test_whole_epochs_are_written_alike_however_they_were_asked_for() -> None:
+    whole, point = (Recipe.model_validate({"epochs": n}) for n in (2, 2.0))
+    assert whole == point and whole.model_dump_json() == point.model_dump_json()
+    assert '"epochs":2,' in whole.model_dump_json()
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"learning_rate": 1}, "unknown key 'learning_rate'"),
         ({"epochs": 0}, "'epochs' is 0"),
+        ({"epochs": float("inf")}, "'epochs' is inf: Input should be a finite number"),
+        ({"epochs": "many"}, "'epochs' is 'many': Input should be a valid number"),
         ({"lr": float("inf")}, "'lr' is inf"),
         ({"lr": 0}, "'lr' is 0"),
         ({"momentum": 0}, "'nesterov' needs a 'momentum' above 0"),

@@ -145,6 +145,33 @@ def test_evaluation_may_be_rarer(toy_network: MakeNetwork, task: ImageTask) -> N
     assert all(e.ema_accuracy is None for e in record.history)
 
 
+def test_a_last_epoch_that_ends_early_is_an_epoch(toy_network: MakeNetwork, task: ImageTask) -> None:
+    images = len(task.splits["weights"])
+    recipe = Recipe(epochs=2.5, batch_size=images // 4, evaluate_every=2, ema_decay=0)
+    network, watched = toy_network(), _Loud()
+    record = train(network, task, recipe, progress=watched)
+    assert watched.total == watched.done == 10 and record.epochs == 2.5
+    assert [(e.epoch, e.accuracy is not None) for e in record.history] == [(1, True), (2, False), (3, True)]
+    assert record.accuracy == evaluate(network, task, "architecture").accuracy
+
+
+def test_the_loss_of_an_epoch_that_ends_early_is_the_mean_of_its_steps(
+    toy_network: MakeNetwork, task: ImageTask
+) -> None:
+    """Nothing is learnt at this rate, so losses of batches are alike."""
+    batch_size = len(task.splits["weights"]) // 4
+    record = train(toy_network(), task, Recipe(epochs=2.25, batch_size=batch_size, lr=1e-9, ema_decay=0))
+    first, second, last = (epoch.train_loss for epoch in record.history)
+    assert last == pytest.approx(first, rel=0.3) and second == pytest.approx(first, rel=0.3)
+
+
+def test_half_an_epoch_is_the_first_half_of_one(toy_network: MakeNetwork, task: ImageTask) -> None:
+    batch_size = len(task.splits["weights"]) // 4
+    record = train(toy_network(), task, Recipe(epochs=0.5, batch_size=batch_size))
+    (only,) = record.history
+    assert (only.epoch, record.best_epoch) == (1, 1) and only.accuracy is not None
+
+
 def test_the_seed_decides_everything(toy_network: MakeNetwork, task: ImageTask) -> None:
     a, b, c = toy_network(), toy_network(), toy_network()
     first, second = train(a, task, seed=1), train(b, task, seed=1)
