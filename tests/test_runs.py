@@ -161,7 +161,7 @@ def test_the_published_recipes_are_the_published_ones(name: str) -> None:
     assert (settings.layers, settings.auxiliary, settings.drop_path) == (20, 0.4, drop_path)
     assert (space.searched.settings.layers, space.searched.settings.channels) == (8, 16)
     assert len(config.profiles[0].tiers) == 5
-    assert recipe.evaluates(600) and not recipe.evaluates(599), "the last weights are kept"
+    assert recipe.evaluates(600, 600) and not recipe.evaluates(599, 600), "the last weights are kept"
 
 
 def test_imagenet_is_at_224_pixels_with_the_usual_crops() -> None:
