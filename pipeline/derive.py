@@ -22,8 +22,7 @@ from pydantic import Field, model_validator
 
 from pipeline.algorithms.walk import in_band, walk_into_band
 from pipeline.errors import BudgetMissed, InfeasibleBudget
-from pipeline.settings import Settings
-from pipeline.train.recipe import Epochs
+from pipeline.settings import Epochs, Settings
 from pipeline.types import (
     Arch,
     BoolArray,

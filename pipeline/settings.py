@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
 
 from pipeline.errors import ConfigError
 
@@ -17,8 +17,20 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
-S = TypeVar("S", bound=Settings)
+def _whole_if_it_is(number: float) -> float:
+    return int(number) if number == int(number) else number
+
+
 T = TypeVar("T")
+S = TypeVar("S", bound=Settings)
+
+Epochs = Annotated[
+    float,
+    Field(allow_inf_nan=False),
+    AfterValidator(_whole_if_it_is),
+    PlainSerializer(_whole_if_it_is, return_type=int | float),
+]
+"""Whole ones are written as such: 2.0 is 2."""
 
 
 def parse_settings(

@@ -14,15 +14,13 @@ import math
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
-    AfterValidator,
     Field,
-    PlainSerializer,
     SerializerFunctionWrapHandler,
     model_serializer,
     model_validator,
 )
 
-from pipeline.settings import Settings
+from pipeline.settings import Epochs, Settings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -66,19 +64,6 @@ class Robustness(Settings):
             if len(set(values)) < len(values):
                 raise ValueError(f"'{name}' names one twice: {', '.join(map(str, values))}")
         return self
-
-
-def _whole_if_it_is(number: float) -> float:
-    return int(number) if number == int(number) else number
-
-
-Epochs = Annotated[
-    float,
-    Field(allow_inf_nan=False),
-    AfterValidator(_whole_if_it_is),
-    PlainSerializer(_whole_if_it_is, return_type=int | float),
-]
-"""Whole ones are written as such: 2.0 is 2."""
 
 
 class Recipe(Settings):
