@@ -197,7 +197,7 @@ class Ranker(Protocol):
         ...
 
 
-LOOKED_AT, LOOKED_AT_MOST = 4, 8
+LOOKED_AT = 4
 """Members of a band for each that is shortlisted."""
 
 RANKED_AT_ONCE = 16
@@ -327,14 +327,13 @@ class Deriver:
             return ()
         try:
             unseen = [arch for arch in self._filled(new, timed, rng) if arch not in seen]
-            members = self._members(unseen, timed)
+            members = sorted(self._members(unseen, timed), key=lambda arch: arch not in self.uniform)
         except InfeasibleBudget:
             if not seen:
                 raise
             return ()
-        quick = dict(
-            zip(members, self.ranker.quick(members[: LOOKED_AT_MOST * self.settings.rescored]), strict=False)
-        )
+        looked_at = members[: LOOKED_AT * self.settings.rescored]
+        quick = dict(zip(looked_at, self.ranker.quick(looked_at).tolist(), strict=True))
         short = self._shortlist(members, np.array(list(quick.values())), rng)
         return self._candidates(short, timed, np.array([quick.get(arch, math.inf) for arch in short]))
 

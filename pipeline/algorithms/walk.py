@@ -11,7 +11,7 @@ from numpy.random import Generator
 from pipeline.algorithms import evolution
 from pipeline.types import BoolArray, FloatArray, IntArray
 
-WALKERS = 64
+WALKERS, CHANGES, PATIENCE = 64, 2.0, 100
 Look = Callable[[IntArray], tuple[IntArray, FloatArray]]
 """Rows of choices (N, S) → their canonical form (N, S) and the share of the budget that they take (N,)."""
 
@@ -30,25 +30,36 @@ def walk_into_band(
     enough: int,
     sizes: Sequence[int],
     rng: Generator,
-    rounds: int = 200,
+    rounds: int = 1000,
 ) -> tuple[IntArray, FloatArray]:
-    """The rows, and what walkers from the nearest of them see until four times `enough` are in the band:
-    distinct rows and their usage. A step changes one choice and must not lead away."""
+    """The rows, and what walkers from the nearest of them see until `enough` distinct ones are in the band:
+    distinct rows and their usage. A step changes about two choices, so that one can make up for the other
+    inside a narrow band, and must not lead away. Walkers give up after `rounds` of them, and after a hundred
+    that found nothing new."""
     near = np.argsort(_distance(usage_N, low), kind="stable")[:WALKERS]
     at_NS, at_N = rows_NS[near], usage_N[near]
-    seen_NS, seen_N, found = [rows_NS], [usage_N], int(in_band(usage_N, low).sum())
+    seen_NS, seen_N = [rows_NS], [usage_N]
+    found = _written(rows_NS[in_band(usage_N, low)])
+    nearest, since = _distance(at_N, low).sum(), 0
     for _ in range(rounds):
-        moved_NS, moved_N = look(evolution.mutate(at_NS, sizes, 0.0, rng))
+        if len(found) >= enough or since == PATIENCE:
+            break
+        moved_NS, moved_N = look(evolution.mutate(at_NS, sizes, CHANGES / len(sizes), rng))
         better_N = _distance(moved_N, low) <= _distance(at_N, low)
         at_NS, at_N = np.where(better_N[:, None], moved_NS, at_NS), np.where(better_N, moved_N, at_N)
         seen_NS.append(moved_NS[better_N])
         seen_N.append(moved_N[better_N])
-        found += int(in_band(moved_N[better_N], low).sum())
-        if found >= 4 * enough:
-            break
+        before = len(found), nearest
+        found |= _written(moved_NS[better_N & in_band(moved_N, low)])
+        nearest = _distance(at_N, low).sum()
+        since = since + 1 if before == (len(found), nearest) else 0
     all_NS = np.concatenate(seen_NS)
     first_N = evolution.first_of_each(all_NS)
     return all_NS[first_N], np.concatenate(seen_N)[first_N]
+
+
+def _written(rows_NS: IntArray) -> set[bytes]:
+    return {row_S.tobytes() for row_S in rows_NS}
 
 
 def _distance(usage_N: FloatArray, low: float) -> FloatArray:
