@@ -13,7 +13,8 @@ ranking can reach. Then every signal ranks them:
 Spearman's ρ with the test accuracy, per band and over the bands together (ranks are within a band), with
 95 % bootstrap intervals over networks, also of the difference to the run's evaluator; and the regret of
 trusting a signal: the best accuracy of the band less that of its first choice, beside what a random pick
-regrets. What was retrained is kept in a CSV table and never trained twice.
+regrets. What was retrained is kept in a CSV table and never trained twice; with `--known` nothing is
+trained, and what the table holds of the run's images, space and tiers is ranked, whichever run drew it.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from benchmarks.rivals import (
     random_members,
     train_all,
 )
-from benchmarks.truth import Row, add_rows, key_of, read_rows
+from benchmarks.truth import Row, add_rows, key_of, read_rows, sha256_of_space
 from pipeline.artifacts import FileCheckpoint, RunFolder, read_arrays, read_yaml, sha256_json, write_arrays
 from pipeline.config import parse
 from pipeline.costs.budgets import usage_of_budgets
@@ -135,6 +136,46 @@ def bands_of(
         )
         for tier in tiers
     ]
+
+
+def known_bands(
+    run: Run, tiers: Sequence[Tier], seeds: Sequence[int], epochs: float | None, table: Path
+) -> list[Band]:
+    """What the table holds of each tier; of those that it holds nothing of, none. Budgets of the runs that
+    drew them were others where the device was."""
+    data, space = data_of(run), sha256_of_space(run.space)
+    rows = [
+        row
+        for row in read_rows(table).values()
+        if (row.data, row.space) == (data, space) and epochs in (None, row.epochs)
+    ]
+    bands = []
+    for tier in tiers:
+        mine = [row for row in rows if row.tier == tier.key]
+        _refuse_several_recipes(tier, mine)
+        first, *others = ({row.choices: row.test for row in mine if row.seed == seed} for seed in seeds[:2])
+        again = others[0] if others else {}
+        both = [choices for choices in first if choices in again]
+        order = list(dict.fromkeys([*both, *first]))
+        if order:
+            archs = tuple(Arch(run.space.name, tuple(map(int, choices.split()))) for choices in order)
+            test_N, again_R = np.array([first[c] for c in order]), np.array([again[c] for c in both])
+            bands.append(Band(tier, archs, test_N, again_R))
+    if not bands:
+        raise ConfigError(
+            f"--known: {table} holds no training of {data} in this space for "
+            f"{', '.join(tier.key for tier in tiers)}"
+        )
+    return bands
+
+
+def _refuse_several_recipes(tier: Tier, rows: Sequence[Row]) -> None:
+    recipes = {row.recipe: row.epochs for row in rows}
+    if len(recipes) > 1:
+        raise ConfigError(
+            f"--known: the table holds trainings of {tier.key} by {len(recipes)} recipes, of "
+            f"{' and '.join(f'{epochs:g}' for epochs in recipes.values())} epochs; choose one with --epochs"
+        )
 
 
 def _row(gym: Gym, tier: Tier, entrant: Entrant, seed: int) -> Row:
@@ -350,6 +391,7 @@ def arguments() -> Namespace:
     parser.add_argument("--repeats", type=int, default=4, help="how many per band get the second seed too")
     parser.add_argument("--epochs", type=int, help="of retraining; default: as the run's recipe")
     parser.add_argument("--seeds", type=whole_numbers, default=[0, 1], help="of retraining")
+    parser.add_argument("--known", action="store_true", help="train nothing: rank what the table holds")
     parser.add_argument("--evaluators", default="params,flops,synflow,nwot,jacov,eproxy")
     parser.add_argument(
         "--variants", type=Path, metavar="FILE", help="YAML: name → evaluator, search settings"
@@ -387,7 +429,10 @@ def main() -> bool:
     gym = Gym(run, work, comparable_recipe(run.config.retrain, asked.epochs))
     with work.locked():
         tiers = chosen_tiers(run, asked.tiers)
-        bands = bands_of(gym, tiers, asked.seeds, asked.networks, asked.repeats, asked.table)
+        if asked.known:
+            bands = known_bands(run, tiers, asked.seeds, asked.epochs, asked.table)
+        else:
+            bands = bands_of(gym, tiers, asked.seeds, asked.networks, asked.repeats, asked.table)
         signals = signals_of(run, work, bands, asked)
     again = stability(bands)
     return evidence.finish(
@@ -395,7 +440,7 @@ def main() -> bool:
         seeds=asked.seeds,
         numbers={
             "data": run.task.name,
-            "recipe": gym.recipe.model_dump(mode="json"),
+            "recipe": None if asked.known else gym.recipe.model_dump(mode="json"),
             "networks": {band.tier.key: len(band.archs) for band in bands},
             "signals": signals,
             "stability": again,

@@ -56,11 +56,16 @@ class Row:
 def key_of(data: str, space: SearchSpace, recipe: Recipe, arch: Arch, seed: int) -> Key:
     return Key(
         data,
-        sha256_json(space.fingerprint())[:12],
+        sha256_of_space(space),
         sha256_json(recipe.model_dump(mode="json"))[:12],
         " ".join(map(str, arch.choices)),
         seed,
     )
+
+
+def sha256_of_space(space: SearchSpace) -> str:
+    """As a row has it."""
+    return sha256_json(space.fingerprint())[:12]
 
 
 def read_rows(path: Path) -> dict[Key, Row]:

@@ -8,14 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy import stats
+from tiny_run import TINY
 
 from benchmarks import ranking
-from benchmarks.truth import Key, Row, add_rows, read_rows
+from benchmarks.truth import Key, Row, add_rows, read_rows, sha256_of_space
 from pipeline.artifacts import RunFolder
 from pipeline.config import parse
-from pipeline.errors import CorruptArtifact
+from pipeline.errors import ConfigError, CorruptArtifact
 from pipeline.progress import Silent
 from pipeline.run import Run
+from pipeline.stages.profile import profile_stage
 from pipeline.types import Arch, Limit, Tier
 
 
@@ -124,3 +126,29 @@ def test_a_part_of_the_images_is_another_truth(tmp_path: Path) -> None:
     assert named("digits") == "digits"
     part, other = (named({"name": "digits", "limit": limit}) for limit in (100, 200))
     assert part.startswith("digits ") and part != other
+
+
+def test_known_networks_are_ranked_without_training(tmp_path: Path) -> None:
+    run = Run(RunFolder(tmp_path / "run"), parse(TINY, "test"), Silent())
+    profile_stage(run)
+    tiers, table = run.tiers, tmp_path / "truth.csv"
+    row = replace(ROW, data=ranking.data_of(run), space=sha256_of_space(run.space), tier=tiers[0].key)
+    archs = sorted(run.space.uniform())[:3]
+    choices = [" ".join(map(str, arch.choices)) for arch in archs]
+    other = replace(row, data="cifar10", choices=choices[2])
+    firsts = [replace(row, choices=choices[0], test=80.0), replace(row, choices=choices[1], test=90.0)]
+    add_rows(table, [*firsts, replace(firsts[1], seed=1, test=91.0), other])
+
+    (found,) = ranking.known_bands(run, tiers, [0, 1], None, table)
+    assert (found.tier, found.archs) == (tiers[0], (archs[1], archs[0])), "second seeds first"
+    assert found.test_N.tolist() == [90.0, 80.0] and found.again_R.tolist() == [91.0]
+    (alone,) = ranking.known_bands(run, tiers, [0], 4, table)
+    assert alone.test_N.tolist() == [80.0, 90.0] and alone.again_R.size == 0
+
+    with pytest.raises(ConfigError, match=r"--known: .* holds no training of digits .* for counts/l"):
+        ranking.known_bands(run, tiers[1:], [0], None, table)
+    add_rows(table, [replace(firsts[0], recipe="q" * 12, epochs=0.5)])
+    with pytest.raises(ConfigError, match=r"by 2 recipes, of 0\.5 and 4 epochs; choose one with --epochs"):
+        ranking.known_bands(run, tiers, [0], None, table)
+    (half,) = ranking.known_bands(run, tiers, [0], 0.5, table)
+    assert half.archs == (archs[0],)
