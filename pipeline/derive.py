@@ -2,9 +2,9 @@
 
 A ranker proposes and the device disposes: members that should use nearly all of a tier's budget are
 shortlisted by a quick look and timed on the device. Of those that do, the finalists are the best by the
-ranker's most exact answer, some drawn at random, and the best uniform ones. They are trained briefly, and
-the most accurate one wins that keeps the budget as it would ship. The ranker is the search's evaluator, or,
-where operations were mixed, the distance to the tier's last mixture.
+ranker's most exact answer, some drawn at random, and the best uniform ones. Those that keep the budget in
+the form that ships are trained briefly, and the most accurate one wins. The ranker is the search's evaluator,
+or, where operations were mixed, the distance to the tier's last mixture.
 The same numbers say how far its order can be trusted: its rank correlation with briefly trained accuracy
 inside the tiers' bands, where size decides nothing.
 """
@@ -139,34 +139,55 @@ def choose_finalists(
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A finalist, timed and briefly trained. `measured_usage` of the timed budget is None where none is;
-    `accuracy` (a share, on the architecture split) is None where it was not trained."""
+    """A finalist, timed and briefly trained. `measured_usage` of the timed budget is None where none is,
+    `shipped_usage`, of the untrained network in the form that ships, where it was not timed in it; `accuracy`
+    (a share, on the architecture split) is None where it was not trained."""
 
     finalist: Finalist
     measured_usage: float | None = None
     accuracy: float | None = None
+    shipped_usage: float | None = None
 
     def to_json(self) -> Json:
         return {
             **self.finalist.to_json(),
             "measured_usage": self.measured_usage,
             "accuracy": self.accuracy,
+            "shipped_usage": self.shipped_usage,
         }
 
     @classmethod
     def from_json(cls, record: Json) -> Trial:
-        return cls(Finalist.from_json(record), record["measured_usage"], record["accuracy"])
+        return cls(
+            Finalist.from_json(record),
+            record["measured_usage"],
+            record["accuracy"],
+            record.get("shipped_usage"),
+        )
 
     def keeps_budget(self, guard: float) -> bool:
-        if self.measured_usage is None:
+        """By the last that was timed of it."""
+        timed = self.measured_usage if self.shipped_usage is None else self.shipped_usage
+        if timed is None:
             return self.finalist.usage <= 1.0
-        return self.measured_usage <= 1.0 - guard and self.finalist.counted <= 1.0
+        return timed <= 1.0 - guard and self.finalist.counted <= 1.0
 
     @property
     def usage(self) -> float:
+        """As first timed, or predicted where it was not."""
         if self.measured_usage is None:
             return self.finalist.usage
         return max(self.measured_usage, self.finalist.counted)
+
+    def leaves_much(self, least: float) -> bool:
+        """Whether it uses less than `least`, or in the form that ships much less than it was to."""
+        if self.shipped_usage is None:
+            return self.usage < least
+        return max(self.shipped_usage, self.finalist.counted) < min(least, self.usage) - MUCH_UNUSED
+
+
+MUCH_UNUSED = 0.05
+"""Of the budget. Timings of two forms of a network, in other processes, differ by a per cent or two."""
 
 
 def in_order(trials: Sequence[Trial], settings: DeriveSettings) -> list[Trial]:
@@ -175,7 +196,7 @@ def in_order(trials: Sequence[Trial], settings: DeriveSettings) -> list[Trial]:
     kept = [trial for trial in trials if trial.keeps_budget(settings.guard)]
     return sorted(
         kept,
-        key=lambda t: (t.usage < settings.least, -(t.accuracy or 0.0), t.finalist.loss, t.finalist.arch),
+        key=lambda t: (t.leaves_much(settings.least), -(t.accuracy or 0.0), t.finalist.loss, t.finalist.arch),
     )
 
 
@@ -186,7 +207,7 @@ class Device(Protocol):
     """Where networks are timed. `pipeline.costs.bench.Bench` is one."""
 
     def time(self, archs: Sequence[Arch]) -> list[LatencyRecord]: ...
-    def time_as_shipped(self, arch: Arch) -> LatencyRecord: ...
+    def time_as_shipped(self, archs: Sequence[Arch]) -> list[LatencyRecord]: ...
 
 
 class Ranker(Protocol):
@@ -238,9 +259,6 @@ ROUNDS, REFITS = 8, 3
 """Rounds of probes and shortlists, at the most; after the first three the prediction is only scaled."""
 
 PROBES, TIMED_AT_ONCE = 4, 8
-MUCH_UNUSED = 0.05
-"""Less than a finalist was to use, as it would ship, by so much of the budget: its timing was wrong."""
-
 SURPRISE = 0.02
 """What a prediction may err by in the mean of its probes."""
 
@@ -272,8 +290,9 @@ class Deriver:
         fitted to what was timed, and later scaled to it. The same where none keeps the budget as it would
         ship. Raises InfeasibleBudget when nothing is predicted to fit, BudgetMissed when nothing does."""
         measured_ms: dict[Arch, float] = {}
+        shipped: dict[Arch, LatencyRecord] = {}
         seen: dict[Arch, Trial] = {}
-        tried: dict[Arch, Trial] = {}
+        over: dict[Arch, Trial] = {}
         scale = 1.0
         timed, fits = self._fitted(pool, timed, rng, measured_ms)
         for number in range(fits, ROUNDS):
@@ -282,14 +301,16 @@ class Deriver:
             seen |= {trial.finalist.arch: trial for trial in fresh}
             missed = fresh
             if self._is_enough(fresh, seen.values(), number):
-                finalists = self._tried(self._finalists(list(seen.values()), rng))
-                tried |= {trial.finalist.arch: trial for trial in finalists}
-                winner = self._first_that_keeps(in_order(finalists, self.settings), measured_ms)
-                if winner is not None:
-                    return *winner, list(tried.values())
+                finalists, missed = self._that_ship(list(seen.values()), rng, shipped)
+                over |= {trial.finalist.arch: trial for trial in missed}
+                if finalists:
+                    tried = self._tried(finalists)
+                    winner = in_order(tried, self.settings)[0].finalist.arch
+                    return winner, shipped.get(winner), [*over.values(), *tried]
                 if self.device is None or not fresh:
                     break
-                missed = finalists or fresh  # the former with what they take as they would ship
+                measured_ms |= {arch: record.latency_ms for arch, record in shipped.items()}
+                missed = missed or fresh
             if number < REFITS:
                 timed = self.refit(list(measured_ms), list(measured_ms.values()))
             else:
@@ -351,19 +372,58 @@ class Deriver:
             return True
         return number == ROUNDS - 1 or (number >= REFITS and hits > 0)
 
-    def _finalists(self, seen: Sequence[Trial], rng: Generator) -> list[Trial]:
-        """Of those that keep the budget and use it; where none does, that keep it."""
+    def _that_ship(
+        self, seen: Sequence[Trial], rng: Generator, shipped: dict[Arch, LatencyRecord]
+    ) -> tuple[list[Trial], list[Trial]]:
+        """Finalists, of those that keep the budget and use it (where none does, that keep it); and those that
+        would have been, but do not keep it in the form that ships. All that will be tried are timed in that
+        form, or the best where nobody tries them; `shipped` gets the records."""
         kept = [trial for trial in seen if self._hits(trial)]
         kept = kept or [trial for trial in seen if trial.keeps_budget(self.settings.guard)]
-        if not kept:
-            return []
+        seed, over = rng.integers(2**63), list[Trial]()
+        while kept:
+            finalists = self._finalists(kept, np.random.default_rng(seed), shipped)
+            asked = in_order(finalists, self.settings)[: None if self.try_accuracies else 1]
+            waiting = [trial.finalist.arch for trial in asked if trial.shipped_usage is None]
+            if self.device is None or not waiting:
+                return finalists, over
+            shipped |= _in_lots(waiting, self.device.time_as_shipped)
+            timed = [self._as_shipped(trial, shipped) for trial in asked if trial.shipped_usage is None]
+            self._tell(timed)
+            missed = [trial for trial in timed if not trial.keeps_budget(self.settings.guard)]
+            gone = {trial.finalist.arch for trial in missed}
+            kept = [trial for trial in kept if trial.finalist.arch not in gone]
+            over += missed
+        return [], over
+
+    def _as_shipped(self, trial: Trial, shipped: Mapping[Arch, LatencyRecord]) -> Trial:
+        record = shipped.get(trial.finalist.arch)
+        if record is None:
+            return trial
+        return replace(trial, shipped_usage=record.latency_ms / self.tier.budgets["latency_ms"])
+
+    def _tell(self, trials: Sequence[Trial]) -> None:
+        """Of what turned out otherwise than it was timed before."""
+        limit_ms = self.tier.budgets["latency_ms"]
+        for trial in trials:
+            keeps = trial.keeps_budget(self.settings.guard)
+            if not keeps or trial.leaves_much(self.settings.least):
+                self.say(
+                    f"tier {self.tier.key}: a finalist took {'only ' if keeps else ''}"
+                    f"{format_value('latency_ms', limit_ms * (trial.shipped_usage or 0))} of "
+                    f"{format_value('latency_ms', limit_ms)} as it would ship; taking the next one"
+                )
+
+    def _finalists(
+        self, kept: Sequence[Trial], rng: Generator, shipped: Mapping[Arch, LatencyRecord]
+    ) -> list[Trial]:
         archs = [trial.finalist.arch for trial in kept]
         usage_N = np.array([trial.finalist.usage for trial in kept])
         counted_N = np.array([trial.finalist.counted for trial in kept])
         losses_N = self.ranker.thorough(archs)
         chosen = choose_finalists(archs, losses_N, usage_N, counted_N, self.uniform, self.settings, rng)
         of_arch = dict(zip(archs, kept, strict=True))
-        return [replace(of_arch[finalist.arch], finalist=finalist) for finalist in chosen]
+        return [self._as_shipped(replace(of_arch[f.arch], finalist=f), shipped) for f in chosen]
 
     def _surprise(self, trials: Sequence[Trial], measured_ms: dict[Arch, float]) -> float:
         """How much more of the timed budget was taken than was predicted, where that one binds."""
@@ -385,14 +445,11 @@ class Deriver:
         return any(not self._hits(t) and t.finalist.usage >= self.settings.least for t in trials)
 
     def _timed(self, finalists: Sequence[Finalist], measured_ms: dict[Arch, float]) -> list[Trial]:
-        """A few at a time: what disturbs the machine spoils no more than those."""
         if self.device is None:
             return [Trial(finalist) for finalist in finalists]
         unknown = [finalist.arch for finalist in finalists if finalist.arch not in measured_ms]
-        for start in range(0, len(unknown), TIMED_AT_ONCE):
-            some = unknown[start : start + TIMED_AT_ONCE]
-            records = self.device.time(some)
-            measured_ms.update({a: record.latency_ms for a, record in zip(some, records, strict=True)})
+        records = _in_lots(unknown, self.device.time)
+        measured_ms |= {arch: record.latency_ms for arch, record in records.items()}
         limit_ms = self.tier.budgets["latency_ms"]
         return [
             Trial(finalist, measured_usage=measured_ms[finalist.arch] / limit_ms) for finalist in finalists
@@ -451,31 +508,16 @@ class Deriver:
         shuffled = [members[i] for i in rng.permutation(len(members))]
         return list(dict.fromkeys([*best, *alike, *shuffled]))[: self.settings.rescored]
 
-    def _first_that_keeps(
-        self, trials: Sequence[Trial], measured_ms: dict[Arch, float]
-    ) -> tuple[Arch, LatencyRecord | None] | None:
-        """The first whose untrained network, exported as it will ship, keeps the latency budget, and its
-        latency; those before it are remembered with theirs. One that was timed wrongly and leaves much of the
-        budget unused waits: it is taken where no other is, or which uses most of it."""
-        if self.device is None:
-            return (trials[0].finalist.arch, None) if trials else None
-        limit_ms = self.tier.budgets["latency_ms"]
-        kept: list[tuple[Arch, LatencyRecord]] = []
-        for trial in trials:
-            record = self.device.time_as_shipped(trial.finalist.arch)
-            keeps = record.latency_ms <= limit_ms * (1 - self.settings.guard)
-            if keeps:
-                kept.append((trial.finalist.arch, record))
-                share = max(record.latency_ms / limit_ms, trial.finalist.counted)
-                if share >= min(self.settings.least, trial.usage) - MUCH_UNUSED:
-                    break
-            measured_ms[trial.finalist.arch] = record.latency_ms
-            self.say(
-                f"tier {self.tier.key}: a finalist took {'only ' if keeps else ''}"
-                f"{format_value('latency_ms', record.latency_ms)} of {format_value('latency_ms', limit_ms)} "
-                "as it would ship; taking the next one"
-            )
-        return max(kept, key=lambda found: found[1].latency_ms, default=None)
+
+def _in_lots(
+    archs: Sequence[Arch], time: Callable[[Sequence[Arch]], Sequence[LatencyRecord]]
+) -> dict[Arch, LatencyRecord]:
+    """A few at a time: what disturbs the machine spoils no more than those."""
+    records: dict[Arch, LatencyRecord] = {}
+    for start in range(0, len(archs), TIMED_AT_ONCE):
+        some = archs[start : start + TIMED_AT_ONCE]
+        records |= zip(some, time(some), strict=True)
+    return records
 
 
 def _scaled(usage: Usage, factor: float) -> Usage:

@@ -128,9 +128,9 @@ class FakeDevice:
         self.timed += archs
         return [record(self.ms(arch)) for arch in archs]
 
-    def time_as_shipped(self, arch: Arch) -> LatencyRecord:
-        self.shipped.append(arch)
-        return record((self.shipped_ms or self.ms)(arch))
+    def time_as_shipped(self, archs: Sequence[Arch]) -> list[LatencyRecord]:
+        self.shipped += archs
+        return [record((self.shipped_ms or self.ms)(arch)) for arch in archs]
 
 
 def usage_of(ms: Callable[[Arch], float]) -> Usage:
@@ -378,10 +378,42 @@ def test_the_next_one_is_taken_when_the_form_that_ships_misses() -> None:
     second = FakeDevice(true_ms, lambda arch: 2.1 if arch == first else true_ms(arch))
     arch, timed, trials = deriver(device=second, say=said.append).derive(ARCHS, usage_of(true_ms), rng())
     assert second.shipped == [first, arch] and arch != expected[0]
-    assert trials == expected[2] and timed is not None and timed.latency_ms <= BUDGET_MS
+    over, *others = trials
+    assert over.finalist == expected[2][0].finalist and over.shipped_usage == pytest.approx(1.05)
+    assert others and all(t.keeps_budget(SETTINGS.guard) for t in others)
+    assert timed is not None and timed.latency_ms <= BUDGET_MS
     assert said == [
         "tier cpu/s: a finalist took 2.10 ms of 2.00 ms as it would ship; taking the next one",
     ]
+
+
+def test_trials_are_for_what_keeps_the_budget_as_it_would_ship() -> None:
+    """Odd ones take more in the form that ships; others take their places, and all is timed together."""
+    lots: list[int] = []
+    tried: list[Arch] = []
+
+    class Lots(FakeDevice):
+        def time_as_shipped(self, archs: Sequence[Arch]) -> list[LatencyRecord]:
+            lots.append(len(archs))
+            return super().time_as_shipped(archs)
+
+    def accuracy(archs: Sequence[Arch]) -> list[float]:
+        tried.extend(archs)
+        return [arch.choices[0] / 100 for arch in archs]
+
+    device = Lots(
+        lambda arch: 0.98 * BUDGET_MS, lambda arch: (1.0 if arch.choices[0] % 2 else 0.97) * BUDGET_MS
+    )
+    made = deriver(
+        device=device, try_accuracies=accuracy, settings=SETTINGS.model_copy(update={"rescored": 12})
+    )
+    arch, timed, trials = made.derive(ARCHS, usage_of(device.ms), rng())
+    assert lots[0] >= SETTINGS.best + SETTINGS.random
+    assert tried and all(arch.choices[0] % 2 == 0 for arch in tried) and arch == max(tried)
+    assert timed == record(0.97 * BUDGET_MS)
+    missed = [t for t in trials if t.finalist.arch.choices[0] % 2]
+    assert missed and all(t.accuracy is None and t.shipped_usage == 1.0 for t in missed)
+    assert len(device.shipped) == len(set(device.shipped)), "a network was timed twice as it would ship"
 
 
 @pytest.mark.parametrize(("others", "taken"), [(1.0, 1), (0.5, 0)])

@@ -66,10 +66,10 @@ class Bench:
         """Untrained networks, in the form that is quick to write and runs at the same speed."""
         return self._timed(archs, "quick", self._write_quick)
 
-    def time_as_shipped(self, arch: Arch) -> LatencyRecord:
-        """An untrained network as its trained one will ship: same exporter, same batch; the median of a few
+    def time_as_shipped(self, archs: Sequence[Arch]) -> list[LatencyRecord]:
+        """Untrained networks as their trained ones will ship: same exporter, same batch; the median of a few
         processes, since a budget is judged by it."""
-        return self._timed([arch], "shipped", self._write_as_shipped, SHIPPED_PROCESSES)[0]
+        return self._timed(archs, "shipped", self._write_as_shipped, SHIPPED_PROCESSES)
 
     def time_files(self, files: Sequence[Path], processes: int = 1) -> list[LatencyRecord]:
         """ONNX files as they are; of several processes the record with the median latency."""

@@ -106,18 +106,21 @@ def test_the_form_that_ships_is_timed_apart(tmp_path: Path, model: LatencyModel)
     watch = Stopwatch()
     bench = make(tmp_path, watch, model)
     quick = bench.time(ARCHS[:1])[0]
-    shipped = bench.time_as_shipped(ARCHS[0])
+    shipped = bench.time_as_shipped(ARCHS[:1])[0]
     params = sum(p.numel() for p in SPACE.build(ARCHS[0]).parameters())
     assert watch.calls[1]["models"] == [f"shipped {params} 1".encode()]
-    assert (bench.time(ARCHS[:1])[0], bench.time_as_shipped(ARCHS[0])) == (quick, shipped) != (shipped, quick)
+    assert bench.time(ARCHS[:1]) == [quick] and quick != shipped
     assert len(watch.calls) == 1 + SHIPPED_PROCESSES
+    together = bench.time_as_shipped(ARCHS[:2])
+    assert together[0] == shipped and len(watch.calls) == 1 + 2 * SHIPPED_PROCESSES
+    assert [len(call["models"]) for call in watch.calls] == [1] * len(watch.calls), "one is remembered"
 
 
 def test_a_device_that_takes_several_images_gets_the_file_for_any_batch(
     tmp_path: Path, model: LatencyModel
 ) -> None:
     watch = Stopwatch()
-    make(tmp_path, watch, model, profile(batch=8)).time_as_shipped(ARCHS[0])
+    make(tmp_path, watch, model, profile(batch=8)).time_as_shipped(ARCHS[:1])
     assert watch.calls[0]["models"][0].endswith(b" None")
 
 
