@@ -19,6 +19,7 @@ trained, and what the table holds of the run's images, space and tiers is ranked
 
 from __future__ import annotations
 
+import itertools
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -41,6 +42,7 @@ from benchmarks.record import (
     whole_numbers,
 )
 from benchmarks.rivals import (
+    BAND,
     RANDOM,
     Entrant,
     Gym,
@@ -67,6 +69,7 @@ from pipeline.ui import progress_for
 TABLE = Path(__file__).with_name("truth_mbconv.csv")
 RUN_SIGNAL, LATENCY = "run", "latency"
 WANTED_RHO = 0.6
+LEAST_KNOWN = 8
 RESAMPLES = 2000
 
 
@@ -82,6 +85,7 @@ class Band:
     archs: tuple[Arch, ...]
     test_N: FloatArray
     again_R: FloatArray
+    name: str
 
 
 def members_of(run: Run, tier: Tier, count: int, seed: int) -> list[Entrant]:
@@ -133,49 +137,49 @@ def bands_of(
             tuple(entrant.arch for entrant in members[tier] if entrant.arch is not None),
             accuracies(tier, seeds[0]),
             accuracies(tier, seeds[1]) if len(seeds) > 1 else np.zeros(0),
+            tier.key,
         )
         for tier in tiers
     ]
 
 
-def known_bands(
-    run: Run, tiers: Sequence[Tier], seeds: Sequence[int], epochs: float | None, table: Path
-) -> list[Band]:
-    """What the table holds of each tier; of those that it holds nothing of, none. Budgets of the runs that
-    drew them were others where the device was."""
-    data, space = data_of(run), sha256_of_space(run.space)
-    rows = [
-        row
-        for row in read_rows(table).values()
-        if (row.data, row.space) == (data, space) and epochs in (None, row.epochs)
-    ]
-    bands = []
-    for tier in tiers:
-        mine = [row for row in rows if row.tier == tier.key]
-        _refuse_several_recipes(tier, mine)
-        first, *others = ({row.choices: row.test for row in mine if row.seed == seed} for seed in seeds[:2])
-        again = others[0] if others else {}
-        both = [choices for choices in first if choices in again]
-        order = list(dict.fromkeys([*both, *first]))
-        if order:
-            archs = tuple(Arch(run.space.name, tuple(map(int, choices.split()))) for choices in order)
-            test_N, again_R = np.array([first[c] for c in order]), np.array([again[c] for c in both])
-            bands.append(Band(tier, archs, test_N, again_R))
-    if not bands:
-        raise ConfigError(
-            f"--known: {table} holds no training of {data} in this space for "
-            f"{', '.join(tier.key for tier in tiers)}"
-        )
-    return bands
+def known_bands(run: Run, table: Path, seeds: Sequence[int] = (0,)) -> list[Band]:
+    """What the table holds of the run's space and images, in bands of one tier's name, recipe and budget, of
+    eight networks at least."""
+    of_run = (data_of(run), sha256_of_space(run.space))
+    by_name = itertools.groupby(
+        sorted(
+            (row for row in read_rows(table).values() if (row.data, row.space) == of_run),
+            key=lambda row: (row.tier, row.recipe, row.latency_ms),
+        ),
+        key=lambda row: (row.tier, row.recipe),
+    )
+    bands = [_known_band(run, some, seeds) for _, rows in by_name for some in _of_equal_cost(list(rows))]
+    return [band for band in bands if len(band.archs) >= LEAST_KNOWN]
 
 
-def _refuse_several_recipes(tier: Tier, rows: Sequence[Row]) -> None:
-    recipes = {row.recipe: row.epochs for row in rows}
-    if len(recipes) > 1:
-        raise ConfigError(
-            f"--known: the table holds trainings of {tier.key} by {len(recipes)} recipes, of "
-            f"{' and '.join(f'{epochs:g}' for epochs in recipes.values())} epochs; choose one with --epochs"
-        )
+def _of_equal_cost(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows from the fastest on, apart where they were drawn for different budgets: a band is no wider than
+    from 93 to 100 % of one."""
+    groups: list[list[Row]] = []
+    for row in rows:
+        if groups and row.latency_ms <= groups[-1][0].latency_ms / BAND:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+def _known_band(run: Run, rows: Sequence[Row], seeds: Sequence[int]) -> Band:
+    first, *others = ({row.choices: row.test for row in rows if row.seed == seed} for seed in seeds[:2])
+    again = others[0] if others else {}
+    both = [choices for choices in first if choices in again]
+    order = list(dict.fromkeys([*both, *first]))
+    archs = tuple(Arch(run.space.name, tuple(map(int, choices.split()))) for choices in order)
+    test_N, again_R = np.array([first[c] for c in order]), np.array([again[c] for c in both])
+    device, _, tier = rows[0].tier.partition("/")
+    name = f"{rows[0].tier} of {rows[-1].latency_ms:.3g} ms, {rows[0].epochs:g} epochs"
+    return Band(Tier(device, tier, ()), archs, test_N, again_R, name)
 
 
 def _row(gym: Gym, tier: Tier, entrant: Entrant, seed: int) -> Row:
@@ -314,7 +318,7 @@ def judged(
         "lead": pooled(mine, truths) - pooled(losses, truths),
         "lead_interval": _middle(resampled(mine, truths, seed) - resampled(losses, truths, seed)),
         "bands": {
-            band.tier.key: {
+            band.name: {
                 "rho": spearman(loss_N, band.test_N),
                 "interval": interval([loss_N], [band.test_N], seed),
                 "regret": float(band.test_N.max() - band.test_N[int(loss_N.argmin())]),
@@ -352,7 +356,7 @@ def _ahead_of(name: str, found: Json) -> Target:
 
 
 def table_of(signals: dict[str, Json], bands: Sequence[Band], again: Json | None) -> str:
-    keys = [band.tier.key for band in bands]
+    keys = [band.name for band in bands]
     headings = ["signal", "ρ", "95 %", *(f"ρ {key}" for key in keys), *(f"regret {key}" for key in keys)]
     rows = [
         [
@@ -364,8 +368,8 @@ def table_of(signals: dict[str, Json], bands: Sequence[Band], again: Json | None
         ]
         for name, found in sorted(signals.items(), key=lambda item: -float(item[1]["rho"]))
     ]
-    spreads = ", ".join(f"{b.tier.key} {b.test_N.min():.2f}…{b.test_N.max():.2f} %" for b in bands)
-    picks = ", ".join(f"{b.tier.key} {b.test_N.max() - b.test_N.mean():.2f}" for b in bands)
+    spreads = ", ".join(f"{b.name} {b.test_N.min():.2f}…{b.test_N.max():.2f} %" for b in bands)
+    picks = ", ".join(f"{b.name} {b.test_N.max() - b.test_N.mean():.2f}" for b in bands)
     notes = [
         f"{sum(len(band.archs) for band in bands)} networks; test accuracies: {spreads}. "
         f"A random pick regrets {picks} points on average."
@@ -389,7 +393,7 @@ def arguments() -> Namespace:
     parser.add_argument("--tiers", help="names with commas between; default: all")
     parser.add_argument("--networks", type=int, default=16, help="per band")
     parser.add_argument("--repeats", type=int, default=4, help="how many per band get the second seed too")
-    parser.add_argument("--epochs", type=int, help="of retraining; default: as the run's recipe")
+    parser.add_argument("--epochs", type=float, help="of retraining; default: as the run's recipe")
     parser.add_argument("--seeds", type=whole_numbers, default=[0, 1], help="of retraining")
     parser.add_argument("--known", action="store_true", help="train nothing: rank what the table holds")
     parser.add_argument("--evaluators", default="params,flops,synflow,nwot,jacov,eproxy")
@@ -398,6 +402,17 @@ def arguments() -> Namespace:
     )
     add_workers(parser)
     return parser.parse_args()
+
+
+def known_bands_of(run: Run, tiers: Sequence[Tier], table: Path, seeds: Sequence[int]) -> list[Band]:
+    names = {tier.key for tier in tiers}
+    bands = [band for band in known_bands(run, table, seeds) if band.tier.key in names]
+    if not bands:
+        raise ConfigError(
+            f"--known: {table} holds no {LEAST_KNOWN} trainings of {data_of(run)} in this space for "
+            f"{' or '.join(sorted(names))}"
+        )
+    return bands
 
 
 def signals_of(run: Run, work: RunFolder, bands: Sequence[Band], asked: Namespace) -> dict[str, Json]:
@@ -430,7 +445,7 @@ def main() -> bool:
     with work.locked():
         tiers = chosen_tiers(run, asked.tiers)
         if asked.known:
-            bands = known_bands(run, tiers, asked.seeds, asked.epochs, asked.table)
+            bands = known_bands_of(run, tiers, asked.table, asked.seeds)
         else:
             bands = bands_of(gym, tiers, asked.seeds, asked.networks, asked.repeats, asked.table)
         signals = signals_of(run, work, bands, asked)
@@ -441,7 +456,7 @@ def main() -> bool:
         numbers={
             "data": run.task.name,
             "recipe": None if asked.known else gym.recipe.model_dump(mode="json"),
-            "networks": {band.tier.key: len(band.archs) for band in bands},
+            "networks": {band.name: len(band.archs) for band in bands},
             "signals": signals,
             "stability": again,
         },

@@ -435,7 +435,7 @@ def chosen_tiers(run: Run, names: str | None) -> list[Tier]:
     return tiers
 
 
-def comparable_recipe(recipe: Recipe, epochs: int | None) -> Recipe:
+def comparable_recipe(recipe: Recipe, epochs: float | None) -> Recipe:
     """The run's recipe without what only its own networks could have: the supernet's weights, a teacher."""
     changes = {"start": "scratch", "distil": None} | ({} if epochs is None else {"epochs": epochs})
     return Recipe.model_validate({**recipe.model_dump(), **changes})
@@ -500,7 +500,7 @@ def arguments() -> Namespace:
     parser = parser_for("rivals", __doc__, "--run-folder exports/cifar10 --json rivals-cifar10.json")
     parser.add_argument("--run-folder", type=Path, required=True, metavar="FOLDER", help="a finished run")
     parser.add_argument("--work", type=Path, metavar="DIR", help="default: FOLDER-rivals, beside FOLDER")
-    parser.add_argument("--epochs", type=int, help="for all networks; default: as the run's recipe")
+    parser.add_argument("--epochs", type=float, help="for all networks; default: as the run's recipe")
     parser.add_argument("--tiers", help="names with commas between; default: all")
     parser.add_argument(
         "--seeds",

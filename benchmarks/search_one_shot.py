@@ -21,7 +21,6 @@ else: seconds are compared.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,7 +31,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from benchmarks.ranking import TABLE, WANTED_RHO, Band, data_of, judged
+from benchmarks.ranking import TABLE, WANTED_RHO, Band, judged, known_bands
 from benchmarks.record import (
     Evidence,
     Target,
@@ -47,7 +46,6 @@ from benchmarks.record import (
 )
 from benchmarks.rivals import SEARCHED, Entrant, Gym, comparable_recipe
 from benchmarks.timed import Timed
-from benchmarks.truth import read_rows
 from pipeline.artifacts import FileCheckpoint, RunFolder, read_arrays, sha256_file, sha256_json, write_arrays
 from pipeline.config import parse, read_config
 from pipeline.costs.budgets import usage_of_budgets
@@ -411,29 +409,6 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
     return float(interval.low), float(interval.high)
 
 
-def truth_bands(run: Run, table: Path) -> list[Band]:
-    """The networks of the table that are of this space and data, by the tier they were drawn for; the first
-    seed of each, where at least eight are there."""
-    space = sha256_json(run.space.fingerprint())[:12]
-    rows = [
-        row
-        for row in read_rows(table).values()
-        if (row.data, row.space, row.seed) == (data_of(run), space, 0)
-    ]
-    bands = []
-    for (key, _), group in itertools.groupby(
-        sorted(rows, key=lambda row: (row.tier, row.recipe)), key=lambda row: (row.tier, row.recipe)
-    ):
-        members = list(group)
-        if len(members) >= 8:
-            device, _, name = key.partition("/")
-            archs = tuple(Arch(run.space.name, tuple(map(int, row.choices.split()))) for row in members)
-            bands.append(
-                Band(Tier(device, name, ()), archs, np.array([row.test for row in members]), np.zeros(0))
-            )
-    return bands
-
-
 def ranks(seed: Seed, bands: Sequence[Band]) -> Json | None:
     """ρ of the supernet of `together` within the bands, by quick answers, as the search gets, and by
     thorough ones."""
@@ -551,7 +526,7 @@ def main() -> bool:
     with work.locked():
         for number in asked.seeds:
             seed = open_seed(config, number, work, progress)
-            seeds.append(compared(seed) | {"ranks": ranks(seed, truth_bands(seed.run, asked.table))})
+            seeds.append(compared(seed) | {"ranks": ranks(seed, known_bands(seed.run, asked.table))})
     return evidence.finish(
         asked.json,
         seeds=asked.seeds,

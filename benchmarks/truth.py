@@ -94,6 +94,6 @@ def add_rows(path: Path, rows: Iterable[Row]) -> None:
     writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
     writer.writeheader()
     for _, row in sorted(known.items()):
-        writer.writerow(asdict(row))
+        writer.writerow({**asdict(row), "epochs": f"{row.epochs:g}"})
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, text.getvalue().encode())

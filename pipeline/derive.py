@@ -116,11 +116,12 @@ def choose_finalists(
     losses_N: FloatArray,
     usage_N: FloatArray,
     counted_N: FloatArray,
+    luck_N: FloatArray,
     uniform: frozenset[Arch],
     settings: DeriveSettings,
-    rng: Generator,
 ) -> tuple[Finalist, ...]:
-    """The best by loss, the best uniform ones, and random ones, all distinct; `archs` are one tier's band."""
+    """The best by loss, the best uniform ones, and random ones, all distinct; `archs` are one tier's band.
+    Random ones are those with the least `luck_N`, so that who is left when others are gone stays chosen."""
     order = np.argsort(losses_N, kind="stable")
     chosen: dict[int, str] = {}
     for index in order[: settings.best]:
@@ -128,9 +129,9 @@ def choose_finalists(
     alike = [int(i) for i in order if archs[int(i)] in uniform and int(i) not in chosen]
     for index in alike[: settings.uniform]:
         chosen[index] = "uniform"
-    rest = [int(i) for i in range(len(archs)) if int(i) not in chosen]
-    for index in rng.permutation(rest)[: settings.random]:
-        chosen[int(index)] = "random"
+    rest = [int(i) for i in np.argsort(luck_N, kind="stable") if int(i) not in chosen]
+    for index in rest[: settings.random]:
+        chosen[index] = "random"
     return tuple(
         Finalist(archs[i], float(losses_N[i]), float(usage_N[i]), origin, float(counted_N[i]))
         for i, origin in chosen.items()
@@ -174,7 +175,7 @@ class Trial:
 
     @property
     def usage(self) -> float:
-        """As first timed, or predicted where it was not."""
+        """As timed among many, or predicted where it was not."""
         if self.measured_usage is None:
             return self.finalist.usage
         return max(self.measured_usage, self.finalist.counted)
@@ -301,7 +302,8 @@ class Deriver:
             seen |= {trial.finalist.arch: trial for trial in fresh}
             missed = fresh
             if self._is_enough(fresh, seen.values(), number):
-                finalists, missed = self._that_ship(list(seen.values()), rng, shipped)
+                settle = not fresh or number == ROUNDS - 1
+                finalists, missed = self._that_ship(list(seen.values()), rng, shipped, settle)
                 over |= {trial.finalist.arch: trial for trial in missed}
                 if finalists:
                     tried = self._tried(finalists)
@@ -373,28 +375,41 @@ class Deriver:
         return number == ROUNDS - 1 or (number >= REFITS and hits > 0)
 
     def _that_ship(
-        self, seen: Sequence[Trial], rng: Generator, shipped: dict[Arch, LatencyRecord]
+        self, seen: Sequence[Trial], rng: Generator, shipped: dict[Arch, LatencyRecord], settle: bool
     ) -> tuple[list[Trial], list[Trial]]:
-        """Finalists, of those that keep the budget and use it (where none does, that keep it); and those that
-        would have been, but do not keep it in the form that ships. All that will be tried are timed in that
-        form, or the best where nobody tries them; `shipped` gets the records."""
-        kept = [trial for trial in seen if self._hits(trial)]
-        kept = kept or [trial for trial in seen if trial.keeps_budget(self.settings.guard)]
-        seed, over = rng.integers(2**63), list[Trial]()
-        while kept:
-            finalists = self._finalists(kept, np.random.default_rng(seed), shipped)
-            asked = in_order(finalists, self.settings)[: None if self.try_accuracies else 1]
-            waiting = [trial.finalist.arch for trial in asked if trial.shipped_usage is None]
-            if self.device is None or not waiting:
-                return finalists, over
-            shipped |= _in_lots(waiting, self.device.time_as_shipped)
-            timed = [self._as_shipped(trial, shipped) for trial in asked if trial.shipped_usage is None]
-            self._tell(timed)
-            missed = [trial for trial in timed if not trial.keeps_budget(self.settings.guard)]
-            gone = {trial.finalist.arch for trial in missed}
-            kept = [trial for trial in kept if trial.finalist.arch not in gone]
-            over += missed
-        return [], over
+        """Finalists, of those that keep the budget and use it, in the form that ships as well; and those that
+        would have been, but do not. Where none is left: of those that keep it, if there was none that uses it
+        or nothing else will be looked for (`settle`); at last the one that uses most of it. All that will be
+        tried are timed in that form, or the best where nobody tries them; `shipped` gets the records."""
+        keep = [trial for trial in seen if trial.keeps_budget(self.settings.guard)]
+        hits = [trial for trial in keep if self._hits(trial)]
+        luck = dict(zip((trial.finalist.arch for trial in seen), rng.random(len(seen)).tolist(), strict=True))
+        dropped: dict[Arch, Trial] = {}
+        for group in (hits, keep) if settle or not hits else (hits,):
+            while left := [trial for trial in group if trial.finalist.arch not in dropped]:
+                finalists = self._finalists(left, luck, shipped)
+                asked = finalists if self.try_accuracies else in_order(finalists, self.settings)[:1]
+                waiting = [trial for trial in asked if trial.shipped_usage is None]
+                if self.device is None or not waiting:
+                    return finalists, list(dropped.values())
+                shipped |= _in_lots([t.finalist.arch for t in waiting], self.device.time_as_shipped)
+                timed = [self._as_shipped(trial, shipped) for trial in waiting]
+                dropped |= {trial.finalist.arch: trial for trial in timed if self._surprises(trial)}
+        spare = [trial for trial in dropped.values() if trial.keeps_budget(self.settings.guard)]
+        best = sorted(spare, key=lambda trial: -(trial.shipped_usage or 0.0))[:1]
+        return best, [trial for trial in dropped.values() if trial not in best]
+
+    def _surprises(self, trial: Trial) -> bool:
+        """Whether the form that ships does not keep the budget, or leaves much unused; says so."""
+        keeps, limit_ms = trial.keeps_budget(self.settings.guard), self.tier.budgets["latency_ms"]
+        if keeps and not trial.leaves_much(self.settings.least):
+            return False
+        self.say(
+            f"tier {self.tier.key}: a finalist took {'only ' if keeps else ''}"
+            f"{format_value('latency_ms', limit_ms * (trial.shipped_usage or 0.0))} of "
+            f"{format_value('latency_ms', limit_ms)} as it would ship; taking the next one"
+        )
+        return True
 
     def _as_shipped(self, trial: Trial, shipped: Mapping[Arch, LatencyRecord]) -> Trial:
         record = shipped.get(trial.finalist.arch)
@@ -402,26 +417,14 @@ class Deriver:
             return trial
         return replace(trial, shipped_usage=record.latency_ms / self.tier.budgets["latency_ms"])
 
-    def _tell(self, trials: Sequence[Trial]) -> None:
-        """Of what turned out otherwise than it was timed before."""
-        limit_ms = self.tier.budgets["latency_ms"]
-        for trial in trials:
-            keeps = trial.keeps_budget(self.settings.guard)
-            if not keeps or trial.leaves_much(self.settings.least):
-                self.say(
-                    f"tier {self.tier.key}: a finalist took {'only ' if keeps else ''}"
-                    f"{format_value('latency_ms', limit_ms * (trial.shipped_usage or 0))} of "
-                    f"{format_value('latency_ms', limit_ms)} as it would ship; taking the next one"
-                )
-
     def _finalists(
-        self, kept: Sequence[Trial], rng: Generator, shipped: Mapping[Arch, LatencyRecord]
+        self, kept: Sequence[Trial], luck: Mapping[Arch, float], shipped: Mapping[Arch, LatencyRecord]
     ) -> list[Trial]:
         archs = [trial.finalist.arch for trial in kept]
         usage_N = np.array([trial.finalist.usage for trial in kept])
         counted_N = np.array([trial.finalist.counted for trial in kept])
-        losses_N = self.ranker.thorough(archs)
-        chosen = choose_finalists(archs, losses_N, usage_N, counted_N, self.uniform, self.settings, rng)
+        losses_N, luck_N = self.ranker.thorough(archs), np.array([luck[arch] for arch in archs])
+        chosen = choose_finalists(archs, losses_N, usage_N, counted_N, luck_N, self.uniform, self.settings)
         of_arch = dict(zip(archs, kept, strict=True))
         return [self._as_shipped(replace(of_arch[f.arch], finalist=f), shipped) for f in chosen]
 
@@ -501,10 +504,11 @@ class Deriver:
         return list(dict.fromkeys([*pool, *found]))
 
     def _shortlist(self, members: Sequence[Arch], quick_N: FloatArray, rng: Generator) -> list[Arch]:
-        """Three quarters are the best by a quick look; then some uniform ones, and random ones to fill up."""
+        """Five in eight are the best by a quick look; then some uniform ones, and random ones to fill up."""
+        rescored = self.settings.rescored
         order = [members[i] for i in np.argsort(quick_N, kind="stable")]
-        best = order[: 3 * self.settings.rescored // 4]
-        alike = [arch for arch in order if arch in self.uniform][: self.settings.rescored // 8]
+        best = order[: 5 * rescored // 8]
+        alike = [arch for arch in order if arch in self.uniform][: max(self.settings.uniform, rescored // 8)]
         shuffled = [members[i] for i in rng.permutation(len(members))]
         return list(dict.fromkeys([*best, *alike, *shuffled]))[: self.settings.rescored]
 

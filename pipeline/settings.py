@@ -17,7 +17,8 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
-def _whole_if_it_is(number: float) -> float:
+def whole_if_it_is(number: float) -> float:
+    """2.0 as 2, and 0.5 as it is."""
     return int(number) if number == int(number) else number
 
 
@@ -27,10 +28,10 @@ S = TypeVar("S", bound=Settings)
 Epochs = Annotated[
     float,
     Field(allow_inf_nan=False),
-    AfterValidator(_whole_if_it_is),
-    PlainSerializer(_whole_if_it_is, return_type=int | float),
+    AfterValidator(whole_if_it_is),
+    PlainSerializer(whole_if_it_is, return_type=int | float),
 ]
-"""Whole ones are written as such: 2.0 is 2."""
+"""How many, or a fraction; whole ones are written as such."""
 
 
 def parse_settings(

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from pipeline.derive import (
+    LOOKED_AT,
     REFITS,
     Deriver,
     DeriveSettings,
@@ -63,9 +64,7 @@ def test_the_band_widens_downwards_to_the_nearest() -> None:
 def test_finalists_are_the_best_the_best_uniform_and_a_random_one() -> None:
     archs, losses_N, usage_N = ARCHS[:8], LOSS[:8], np.linspace(0.95, 0.98, 8)
     uniform = frozenset([ARCHS[0], ARCHS[5], ARCHS[7]])  # losses 0, 35, 9
-    chosen = choose_finalists(
-        archs, losses_N, usage_N, usage_N / 2, uniform, SETTINGS, np.random.default_rng(0)
-    )
+    chosen = choose_finalists(archs, losses_N, usage_N, usage_N / 2, np.arange(8.0), uniform, SETTINGS)
     assert [(f.arch.choices[0], f.origin) for f in chosen[:3]] == [
         (0, "search"),
         (6, "search"),  # 42 mod 40 = 2
@@ -77,8 +76,8 @@ def test_finalists_are_the_best_the_best_uniform_and_a_random_one() -> None:
 
 def test_random_finalists_follow_the_generator() -> None:
     def drawn(seed: int) -> tuple[Finalist, ...]:
-        rng = np.random.default_rng(seed)
-        return choose_finalists(ARCHS, LOSS, np.full(40, 0.97), np.zeros(40), frozenset(), SETTINGS, rng)
+        luck_N = np.random.default_rng(seed).random(40)
+        return choose_finalists(ARCHS, LOSS, np.full(40, 0.97), np.zeros(40), luck_N, frozenset(), SETTINGS)
 
     assert drawn(1) == drawn(1)
     assert len({drawn(seed)[-1].arch for seed in range(9)}) > 1
@@ -86,7 +85,7 @@ def test_random_finalists_follow_the_generator() -> None:
 
 def test_fewer_candidates_than_finalists_are_all_taken_once() -> None:
     chosen = choose_finalists(
-        ARCHS[:2], LOSS[:2], np.full(2, 0.96), np.zeros(2), frozenset(ARCHS), SETTINGS, rng()
+        ARCHS[:2], LOSS[:2], np.full(2, 0.96), np.zeros(2), np.zeros(2), frozenset(ARCHS), SETTINGS
     )
     assert sorted(f.arch.choices[0] for f in chosen) == [0, 1]
 
@@ -108,7 +107,8 @@ def test_untried_finalists_are_ordered_by_loss_and_need_no_guard_where_nothing_i
 
 
 def test_trials_survive_json() -> None:
-    for trial in (Trial(finalist(3)), Trial(Finalist(ARCHS[3], 1.0, 0.97, "random", 0.5), 0.96, 0.75)):
+    whole = Trial(Finalist(ARCHS[3], 1.0, 0.97, "random", 0.5), 0.96, 0.75, 0.965)
+    for trial in (Trial(finalist(3)), whole):
         assert Trial.from_json(trial.to_json()) == trial
 
 
@@ -271,7 +271,7 @@ def test_many_of_a_band_are_looked_at_and_most_that_are_timed_are_its_best() -> 
     settings = SETTINGS.model_copy(update={"rescored": 8, "best": 8, "random": 0, "uniform": 0})
     made = deriver(device=device, settings=settings)
     made.derive(ARCHS[:20], usage_of(device.ms), rng())
-    looked_at, found = 4 * settings.rescored, {arch.choices[0] for arch in device.timed}
+    looked_at, found = LOOKED_AT * settings.rescored, {arch.choices[0] for arch in device.timed}
     assert looked_at > 20, "the pool alone must be too small"
     best_of_pool = sorted(range(20), key=lambda i: LOSS[i])[:6]
     assert len(found & set(best_of_pool)) < 6, "walking must have found better ones"
@@ -431,6 +431,60 @@ def test_a_form_that_ships_and_leaves_much_unused_waits_for_the_others(others: f
     assert (
         "a finalist took only 1." in said[0] and "of 2.00 ms as it would ship; taking the next one" in said[0]
     )
+
+
+@pytest.mark.parametrize("tries", [True, False])
+def test_where_all_forms_that_ship_leave_much_unused_the_one_that_uses_most_is_taken(tries: bool) -> None:
+    """It is neither the first by loss nor the most accurate."""
+    device = FakeDevice(
+        lambda arch: 0.98 * BUDGET_MS, lambda arch: (0.8 if arch == ARCHS[9] else 0.5) * BUDGET_MS
+    )
+    few = TableSpace("t", [Slot("only", tuple(map(str, range(6, 10))))])
+    accuracy = (lambda archs: [1.0 - arch.choices[0] / 100 for arch in archs]) if tries else None
+    made = deriver(device=device, space=few, try_accuracies=accuracy)
+    arch, timed, trials = made.derive(ARCHS[6:10], usage_of(device.ms), rng())
+    assert arch == ARCHS[9] and timed == record(0.8 * BUDGET_MS)
+    assert [t.finalist.arch for t in trials if t.accuracy is not None] == ([arch] if tries else [])
+
+
+def test_trials_are_not_for_what_leaves_much_unused_either() -> None:
+    tried: list[Arch] = []
+
+    def accuracy(archs: Sequence[Arch]) -> list[float]:
+        tried.extend(archs)
+        return [0.5] * len(archs)
+
+    device = FakeDevice(
+        lambda arch: 0.98 * BUDGET_MS, lambda arch: (0.5 if LOSS[arch.choices[0]] < 3 else 0.97) * 2
+    )
+    made = deriver(device=device, try_accuracies=accuracy)
+    _, timed, trials = made.derive(ARCHS, usage_of(device.ms), rng())
+    assert timed == record(0.97 * BUDGET_MS) and tried and all(LOSS[arch.choices[0]] >= 3 for arch in tried)
+    assert min(LOSS[t.finalist.arch.choices[0]] for t in trials) < 3, "it was a finalist, and told"
+
+
+def test_what_uses_less_is_taken_where_nothing_else_is_left_to_look_for() -> None:
+    """Three are predicted alike. One is slower, one faster, so that others are looked for, and there are none.
+    The one that hits is over as it would ship."""
+    few = TableSpace("t", [Slot("only", tuple(map(str, range(3))))])
+    timed, shipped = (0.98, 1.06, 0.90), (1.1, 1.2, 0.91)
+    device = FakeDevice(
+        lambda arch: timed[arch.choices[0]] * BUDGET_MS, lambda arch: shipped[arch.choices[0]] * BUDGET_MS
+    )
+    made = deriver(device=device, space=few, refit=lambda archs, ms: usage_of(device.ms))
+    arch, latency, _ = made.derive(ARCHS[:3], usage_of(lambda arch: 0.98 * BUDGET_MS), rng())
+    assert arch == ARCHS[2] and latency == record(0.91 * BUDGET_MS) and device.shipped == [ARCHS[0], arch]
+
+
+def test_a_random_finalist_stays_when_others_are_gone() -> None:
+    """Odd ones take more as they would ship. Who is timed so is a finalist, or was one."""
+    device = FakeDevice(
+        lambda arch: 0.98 * BUDGET_MS, lambda arch: (1.0 if arch.choices[0] % 2 else 0.97) * BUDGET_MS
+    )
+    settings = SETTINGS.model_copy(update={"rescored": 24, "best": 4, "random": 2})
+    made = deriver(device=device, settings=settings, try_accuracies=lambda archs: [0.5] * len(archs))
+    _, _, trials = made.derive(ARCHS, usage_of(device.ms), rng())
+    assert {trial.finalist.arch for trial in trials} == set(device.shipped)
 
 
 def test_no_form_that_ships_keeps_the_budget() -> None:

@@ -41,10 +41,11 @@ def walk_into_band(
     seen_NS, seen_N = [rows_NS], [usage_N]
     found = _written(rows_NS[in_band(usage_N, low)])
     nearest, since = _distance(at_N, low).sum(), 0
+    rate = CHANGES / max(CHANGES, sum(size > 1 for size in sizes))
     for _ in range(rounds):
         if len(found) >= enough or since == PATIENCE:
             break
-        moved_NS, moved_N = look(evolution.mutate(at_NS, sizes, CHANGES / len(sizes), rng))
+        moved_NS, moved_N = look(evolution.mutate(at_NS, sizes, rate, rng))
         better_N = _distance(moved_N, low) <= _distance(at_N, low)
         at_NS, at_N = np.where(better_N[:, None], moved_NS, at_NS), np.where(better_N, moved_N, at_N)
         seen_NS.append(moved_NS[better_N])

@@ -17,10 +17,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, PlainSerializer, ValidationError
 
 from pipeline.artifacts import inside, read_json, sha256_file, write_json
 from pipeline.errors import BudgetMissed, CorruptArtifact
+from pipeline.settings import whole_if_it_is
 from pipeline.types import Arch, Json, LatencyRecord, Tier
 
 MANIFEST = "manifest.json"
@@ -165,7 +166,7 @@ class ArchitectureEntry(_Entry):
 class TrainingEntry(_OpenEntry):
     """How the weights were trained."""
 
-    epochs: Positive
+    epochs: Annotated[Positive, PlainSerializer(whole_if_it_is, return_type=int | float)]
     best_epoch: Count
     seconds: NotNegative
     recipe: dict[str, JsonValue]

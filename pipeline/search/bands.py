@@ -18,10 +18,10 @@ from pipeline.types import FloatArray, IntArray
 class BandSampler:
     """Draws architectures of each tier's cost band: those that take `low` to 1 of its budget.
 
-    Members come from a pool of at most `pool_size` random architectures, the whole space if it is not
-    larger. A tier with fewer than `least` members there gets more by a random walk from the nearest of the
-    pool, and if that is not enough, a wider band (`low` falls). Deterministic in the problem's seed. Raises
-    InfeasibleBudget when no member is found that keeps a tier's budget."""
+    Members come from a pool of at most `pool_size` random architectures, the whole space if it is not larger.
+    A tier with fewer than `least` members there gets four times as many by random walks from the nearest of
+    the pool, and where that brings fewer than `least`, a wider band (`low` falls). Deterministic in the
+    problem's seed. Raises InfeasibleBudget when no member is found that keeps a tier's budget."""
 
     def __init__(
         self, problem: SearchProblem, low: float = 0.85, pool_size: int = 20_000, least: int = 32
@@ -65,7 +65,7 @@ class BandSampler:
                 return self._problem.canonical(rows_NS), self._problem.usage_of(rows_NS)[:, k]
 
             pool_NS, usage_N = walk_into_band(
-                pool_NS, usage_N, look, low=low, enough=enough, sizes=self._problem.sizes, rng=self._rng
+                pool_NS, usage_N, look, low=low, enough=4 * enough, sizes=self._problem.sizes, rng=self._rng
             )
         while in_band(usage_N, low).sum() < enough and low > 0.01:
             low *= 0.8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from pipeline.types import Arch, Limit, Tier
 def band(name: str, test: list[float], again: list[float] | None = None) -> ranking.Band:
     tier = Tier("cpu", name, (Limit("latency_ms", 1.0, False, "1 ms"),))
     archs = tuple(Arch("mbconv", (i,)) for i in range(len(test)))
-    return ranking.Band(tier, archs, np.array(test), np.array(again or []))
+    return ranking.Band(tier, archs, np.array(test), np.array(again or []), tier.key)
 
 
 def test_a_signal_that_knows_the_truth_has_rho_one_and_no_regret() -> None:
@@ -131,24 +132,37 @@ def test_a_part_of_the_images_is_another_truth(tmp_path: Path) -> None:
 def test_known_networks_are_ranked_without_training(tmp_path: Path) -> None:
     run = Run(RunFolder(tmp_path / "run"), parse(TINY, "test"), Silent())
     profile_stage(run)
-    tiers, table = run.tiers, tmp_path / "truth.csv"
-    row = replace(ROW, data=ranking.data_of(run), space=sha256_of_space(run.space), tier=tiers[0].key)
-    archs = sorted(run.space.uniform())[:3]
-    choices = [" ".join(map(str, arch.choices)) for arch in archs]
-    other = replace(row, data="cifar10", choices=choices[2])
-    firsts = [replace(row, choices=choices[0], test=80.0), replace(row, choices=choices[1], test=90.0)]
-    add_rows(table, [*firsts, replace(firsts[1], seed=1, test=91.0), other])
+    table, archs = tmp_path / "truth.csv", list(itertools.islice(run.space.uniform(), 8))
+    of_run = replace(ROW, data=ranking.data_of(run), space=sha256_of_space(run.space), tier=run.tiers[0].key)
+    rows = [
+        replace(of_run, choices=" ".join(map(str, arch.choices)), test=80.0 + number)
+        for number, arch in enumerate(archs)
+    ]
+    assert len(archs) == 8
+    others = [
+        replace(of_run, choices="9 9 9", latency_ms=0.2, test=1.0),  # of another budget
+        replace(of_run, choices="9 9 8", recipe="q" * 12, test=2.0),
+        replace(rows[0], data="cifar10", test=3.0),
+        replace(rows[0], space="o" * 12, test=3.0),
+        replace(rows[0], tier="elsewhere/s", choices="9 9 7", test=4.0),
+    ]
+    add_rows(table, [*rows, replace(rows[5], seed=1, test=85.5), *others])
 
-    (found,) = ranking.known_bands(run, tiers, [0, 1], None, table)
-    assert (found.tier, found.archs) == (tiers[0], (archs[1], archs[0])), "second seeds first"
-    assert found.test_N.tolist() == [90.0, 80.0] and found.again_R.tolist() == [91.0]
-    (alone,) = ranking.known_bands(run, tiers, [0], 4, table)
-    assert alone.test_N.tolist() == [80.0, 90.0] and alone.again_R.size == 0
+    (found,) = ranking.known_bands(run, table, [0, 1])
+    assert (found.tier.key, found.name) == (run.tiers[0].key, "counts/s of 0.1 ms, 4 epochs")
+    assert found.archs[0] == archs[5] and set(found.archs) == set(archs), "second seeds first"
+    assert found.again_R.tolist() == [85.5] and found.test_N[0] == 85.0 and found.test_N.mean() == 83.5
+    (alone,) = ranking.known_bands(run, table)
+    assert alone.again_R.size == 0 and len(alone.archs) == 8
 
-    with pytest.raises(ConfigError, match=r"--known: .* holds no training of digits .* for counts/l"):
-        ranking.known_bands(run, tiers[1:], [0], None, table)
-    add_rows(table, [replace(firsts[0], recipe="q" * 12, epochs=0.5)])
-    with pytest.raises(ConfigError, match=r"by 2 recipes, of 0\.5 and 4 epochs; choose one with --epochs"):
-        ranking.known_bands(run, tiers, [0], None, table)
-    (half,) = ranking.known_bands(run, tiers, [0], 0.5, table)
-    assert half.archs == (archs[0],)
+    assert ranking.known_bands_of(run, run.tiers, table, [0])[0].name == alone.name
+    with pytest.raises(ConfigError, match=r"--known: .* holds no 8 trainings of digits .* for counts/l$"):
+        ranking.known_bands_of(run, run.tiers[1:], table, [0])
+
+
+def test_a_new_row_leaves_the_others_as_they_were_written(tmp_path: Path) -> None:
+    path = tmp_path / "truth.csv"
+    add_rows(path, [ROW])
+    before = path.read_text().splitlines()
+    add_rows(path, [replace(ROW, seed=1, epochs=0.5)])
+    assert path.read_text().splitlines()[:2] == before and ",4," in before[1]

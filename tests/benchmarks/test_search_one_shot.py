@@ -7,7 +7,6 @@ import copy
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +16,7 @@ import yaml
 from benchmarks import search_one_shot as bench
 from benchmarks.search_one_shot import ASNG, TOGETHER, Course, Known
 from benchmarks.throughput import ToyEvaluator
-from benchmarks.truth import Row, add_rows
-from pipeline.artifacts import RunFolder, sha256_json
+from pipeline.artifacts import RunFolder
 from pipeline.config import read_config
 from pipeline.errors import ConfigError
 from pipeline.progress import Silent
@@ -186,28 +184,6 @@ def test_both_sides_get_the_same(named: Path | None, tmp_path: Path, monkeypatch
 def test_what_cannot_be_compared_is_refused(changed: Json, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         bench.open_seed({**CONFIG, **changed}, 0, RunFolder(tmp_path), Silent())
-
-
-def test_the_truth_is_of_this_space_and_these_images(tmp_path: Path) -> None:
-    seed = bench.open_seed(CONFIG, 0, RunFolder(tmp_path / "work"), Silent())
-    space = sha256_json(seed.run.space.fingerprint())[:12]
-    data = bench.data_of(seed.run)
-
-    known = Row(data, space, "r", "", 0, 1, "cpu/s", 1.0, 1, 1, 1.0, 0.0)
-
-    def rows(numbers: Sequence[int], **changed: str | int) -> list[Row]:
-        first = seed.run.space.smallest.choices[:-1]
-        choices = [" ".join(map(str, (*first, number))) for number in numbers]
-        return [
-            replace(known, choices=each, test=float(number), **changed)  # type: ignore[arg-type]
-            for number, each in zip(numbers, choices, strict=True)
-        ]
-
-    table = tmp_path / "truth.csv"
-    add_rows(table, rows(range(8)) + rows(range(9), data="other") + rows(range(9), space="other"))
-    add_rows(table, rows(range(9), seed=1) + rows(range(20, 27), tier="cpu/l"))
-    (band,) = bench.truth_bands(seed.run, table)
-    assert band.tier.key == "cpu/s" and band.test_N.tolist() == list(range(8))
 
 
 def test_a_seed_from_end_to_end_and_again_from_what_is_kept(

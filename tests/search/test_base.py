@@ -174,7 +174,7 @@ def test_the_walk_finds_bands_that_the_pool_misses() -> None:
     assert (asked.usage(asked.archs(pool)) > 1).all()
     members = BandSampler(asked, pool_size=500).members_KNS[0]
     usage = asked.usage(asked.archs(members))
-    assert len(members) >= 32 and usage.max() <= 1 and usage.min() >= 0.8
+    assert len(members) > 2 * 32 and usage.max() <= 1 and usage.min() >= 0.8
     assert asked.reference_costs(asked.archs(members)).max() < 1
 
 

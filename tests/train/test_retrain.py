@@ -165,7 +165,7 @@ def test_the_loss_of_an_epoch_that_ends_early_is_the_mean_of_its_steps(
     assert last == pytest.approx(first, rel=0.3) and second == pytest.approx(first, rel=0.3)
 
 
-def test_half_an_epoch_is_the_first_half_of_one(toy_network: MakeNetwork, task: ImageTask) -> None:
+def test_half_an_epoch_is_trained_and_judged(toy_network: MakeNetwork, task: ImageTask) -> None:
     batch_size = len(task.splits["weights"]) // 4
     record = train(toy_network(), task, Recipe(epochs=0.5, batch_size=batch_size))
     (only,) = record.history
