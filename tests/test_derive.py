@@ -464,8 +464,8 @@ def test_trials_are_not_for_what_leaves_much_unused_either() -> None:
 
 
 def test_what_uses_less_is_taken_where_nothing_else_is_left_to_look_for() -> None:
-    """Three are predicted alike. One is slower, one faster, so that others are looked for, and there are none.
-    The one that hits is over as it would ship."""
+    """Three are predicted alike. One is slower, one faster, so others are looked for, and there are none. The
+    one that hits is over as it would ship."""
     few = TableSpace("t", [Slot("only", tuple(map(str, range(3))))])
     timed, shipped = (0.98, 1.06, 0.90), (1.1, 1.2, 0.91)
     device = FakeDevice(
