@@ -468,12 +468,13 @@ def origin_of(run: Run, tier: Tier) -> str | None:
 
 
 def paid_members(run: Run, tier: Tier, recipe: Recipe) -> int:
-    """How many networks could be trained instead in the tier's share of what search and derive took, as many
-    at a time as the run trained by default, at least `RANDOM_MEMBERS`; a training takes what the tier's own
-    network took."""
-    stages = read_manifest(run.folder.root)["stages"]
+    """How many networks could be trained instead in the tier's share of the search and what deriving it took,
+    as many at a time as the run trained by default, at least `RANDOM_MEMBERS`; a training takes what the
+    tier's own network took."""
+    search_s = float(read_manifest(run.folder.root)["stages"]["search"])
+    derive_s = float(record_of(run, tier, "derive")["seconds"])
     at_once = share_of(replace(run, workers=None), len(usable_cores())).workers
-    share_s = at_once * float(stages["search"] + stages["derive"]) / len(run.tiers)
+    share_s = at_once * (search_s / len(run.tiers) + derive_s)
     return max(RANDOM_MEMBERS, round(share_s / (recipe.epochs * _epoch_seconds(run, tier))))
 
 

@@ -241,15 +241,15 @@ def test_as_many_random_members_as_the_search_would_have_paid_for(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rivals, "usable_cores", lambda: [0, 1])
-    monkeypatch.setattr(rivals, "read_manifest", lambda root: {"stages": {"search": 100.0, "derive": 200.0}})
+    monkeypatch.setattr(rivals, "read_manifest", lambda root: {"stages": {"search": 100.0}})
     twin, inputs = replace(TIER, name="m"), {"x": sha256_json(1)}
-    for tier, seconds in ((TIER, 50.0), (twin, 0.0)):
-        arch = {"arch": run.space.smallest.to_json()}
+    for tier, derive_seconds, seconds in ((TIER, 100.0, 50.0), (twin, 200.0, 0.0)):
+        arch = {"arch": run.space.smallest.to_json(), "seconds": derive_seconds}
         run.folder.write_record(run.tier_path(tier, "arch.json"), arch, inputs)
         run.folder.write_record(run.tier_path(tier, "train.json"), {"seconds": seconds, "epochs": 10}, inputs)
     run.__dict__["tiers"] = (TIER, twin)
     assert rivals.paid_members(run, TIER, Recipe(epochs=10)) == 6
-    assert rivals.paid_members(run, twin, Recipe(epochs=10)) == 6, "its network was trained for the other"
+    assert rivals.paid_members(run, twin, Recipe(epochs=10)) == 10, "its network was trained for the other"
     assert rivals.paid_members(run, TIER, Recipe(epochs=5)) == 12
     assert rivals.paid_members(run, TIER, Recipe(epochs=1000)) == 3
     run.workers = 1
