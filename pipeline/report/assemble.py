@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.data.base import ImageTask
-from pipeline.derive import DeriveSettings, Trial, rank_correlation
+from pipeline.derive import DeriveSettings, Trial
 from pipeline.report import manifest
+from pipeline.report.agreement import rank_correlation
 from pipeline.types import Arch, Json, LatencyRecord, Tier
 
 _TRAINING = ("epochs", "best_epoch", "seconds", "images_per_second", "recipe", "weights")
