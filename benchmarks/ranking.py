@@ -58,6 +58,7 @@ from pipeline.config import parse
 from pipeline.costs.budgets import usage_of_budgets
 from pipeline.errors import ConfigError, RunFolderError
 from pipeline.evaluators import EVALUATORS
+from pipeline.evaluators.correlation import spearman
 from pipeline.progress import NoCheckpoint
 from pipeline.run import Run, open_run, prepare_compute
 from pipeline.search import METHODS
@@ -261,13 +262,6 @@ def latencies_of(run: Run, bands: Sequence[Band]) -> list[FloatArray]:
 
 
 # -------------------------------------------------------------------------------------------------- judging
-
-
-def spearman(loss_N: FloatArray, test_N: FloatArray) -> float:
-    """ρ between −loss and accuracy; 0 where a side is constant, which ranks nothing."""
-    if len(set(loss_N.tolist())) < 2 or len(set(test_N.tolist())) < 2:
-        return 0.0
-    return float(np.corrcoef(stats.rankdata(-loss_N), stats.rankdata(test_N))[0, 1])
 
 
 def pooled(losses: Sequence[FloatArray], truths: Sequence[FloatArray]) -> float:

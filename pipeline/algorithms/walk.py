@@ -34,8 +34,8 @@ def walk_into_band(
 ) -> tuple[IntArray, FloatArray]:
     """The rows, and what walkers from the nearest of them see until `enough` distinct ones are in the band:
     distinct rows and their usage. A step changes about two choices, so that one can make up for the other
-    inside a narrow band, and must not lead away. Walkers give up after `rounds` of them, and after a hundred
-    that found nothing new."""
+    inside a narrow band, and must not lead away. Walkers give up after `rounds` steps, and after a hundred
+    that neither found anything new nor led nearer."""
     near = np.argsort(_distance(usage_N, low), kind="stable")[:WALKERS]
     at_NS, at_N = rows_NS[near], usage_N[near]
     seen_NS, seen_N = [rows_NS], [usage_N]

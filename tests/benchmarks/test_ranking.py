@@ -59,7 +59,7 @@ def test_bands_do_not_rank_each_other() -> None:
 
 
 def test_a_constant_signal_ranks_nothing() -> None:
-    assert ranking.spearman(np.ones(5), np.arange(5.0)) == 0
+    assert ranking.pooled([np.ones(5)], [np.arange(5.0)]) == 0
 
 
 def test_interval_narrows_with_more_networks() -> None:
@@ -113,10 +113,10 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
     assert read_rows(tmp_path / "none.csv") == {}
 
 
-def test_rho_is_spearmans() -> None:
+def test_rho_of_one_band_is_spearmans() -> None:
     rng = np.random.default_rng(0)
     loss_N, test_N = rng.normal(size=20), rng.integers(5, size=20).astype(float)
-    assert ranking.spearman(loss_N, test_N) == pytest.approx(stats.spearmanr(-loss_N, test_N).statistic)
+    assert ranking.pooled([loss_N], [test_N]) == pytest.approx(stats.spearmanr(-loss_N, test_N).statistic)
 
 
 def test_a_part_of_the_images_is_another_truth(tmp_path: Path) -> None:
