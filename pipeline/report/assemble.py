@@ -160,9 +160,9 @@ def ranking_entry(tried: Sequence[tuple[Tier, Sequence[Trial]]], settings: Deriv
 
 
 _RANKING_NOTE = {
-    True: "the evaluator's order agrees with brief training inside the tiers' bands",
-    False: "too low, or from too few networks, to trust the evaluator's order inside a tier's band; each "
-    "tier's choice rests on brief training of its finalists",
+    True: "the evaluator's order of the finalists agrees with brief training inside the tiers' bands",
+    False: "too low, or from too few networks, to trust the evaluator's order among finalists, most of which "
+    "are its own best of the band; each tier's choice rests on brief training of them",
 }
 
 
