@@ -33,15 +33,40 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cached_property, lru_cache, reduce
-from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from pydantic import Field
 
 from pipeline.errors import ConfigError
 from pipeline.settings import Settings
+from pipeline.spaces.cell_choices import (
+    FIRST_NODE,
+    KINDS,
+    NONE,
+    NORMAL,
+    REDUCE,
+    SKIP,
+    VARIANTS,
+    Choices,
+    Genotype,
+    Incoming,
+    Pair,
+)
+from pipeline.spaces.cell_plan import (
+    CONVOLUTIONS,
+    CellPlan,
+    Convolution,
+    Node,
+    Plan,
+    Position,
+    make_plan,
+    operate,
+    run_cell,
+    run_network,
+)
 from pipeline.spaces.trace import Step, Trace, Value, deployed
 from pipeline.types import Arch, FloatArray, Json, Layer, Slot
 
@@ -51,34 +76,8 @@ if TYPE_CHECKING:
     from pipeline.spaces.cell_modules import CellMixture, CellSupernet
 
 NAME = "cell"
-KINDS = ("normal", "reduce")
-NORMAL, REDUCE = range(len(KINDS))
 SEARCH_SIZES = ("search_channels", "search_layers")
-FIRST_NODE = 2
-"""Values 0 and 1 are the cell's inputs."""
 STEM_MULTIPLIER = 3
-NONE, SKIP = "none", "skip"
-POOLS = ("max3", "avg3")
-POOL_KERNEL = 3
-
-
-class Convolution(NamedTuple):
-    """Depthwise and pointwise, `repeats` times; the stride is that of the first."""
-
-    kernel: int
-    dilation: int
-    repeats: int
-
-
-CONVOLUTIONS = {
-    "sep3": Convolution(3, 1, 2),
-    "sep5": Convolution(5, 1, 2),
-    "dil3": Convolution(3, 2, 1),
-    "dil5": Convolution(5, 2, 1),
-}
-
-Choices = tuple[int, ...]
-V = TypeVar("V")
 
 
 class CellSettings(Settings):
@@ -106,257 +105,6 @@ class CellSettings(Settings):
         description="batch norm without scale and shift in the mixed supernet alone: after pools as DARTS "
         "has it, or on every node's sum as DARTS-PRIME does",
     )
-
-
-# ------------------------------------------------------------------------------------- what choices stand for
-
-
-class Pair(NamedTuple):
-    """What a node takes in: an earlier value, and an operation on it."""
-
-    source: int
-    operation: str
-
-
-Incoming = tuple[Pair, ...]
-Genotype = tuple[tuple[Incoming, ...], ...]
-"""Per kind of cell, per node; `none` is left out."""
-
-
-class Variant(Protocol):
-    """How a node is chosen. All nodes take the same number of choices, `width`."""
-
-    operations: tuple[str, ...]
-    nodes: int
-    width: int
-    loose_ends: bool
-    """Whether the output is a convolution of the nodes that nobody reads; else it is all nodes."""
-
-    def slots(self, name: str, node: int) -> tuple[Slot, ...]: ...
-    def decode(self, node: int, choices: Choices) -> Incoming: ...
-    def encode(self, node: int, incoming: Incoming) -> Choices:
-        """The choices of a node that takes this in; all 0 for one that takes in nothing."""
-        ...
-
-    def thinnest(self, node: int, first: Pair) -> Incoming:
-        """The node in the cheapest cell that has `first` as its only way in."""
-        ...
-
-
-class Darts:
-    operations: tuple[str, ...] = (NONE, SKIP, "max3", "avg3", "sep3", "sep5", "dil3", "dil5")
-    nodes = 4
-    width = 3
-    loose_ends = False
-
-    def slots(self, name: str, node: int) -> tuple[Slot, ...]:
-        inputs = tuple(f"{low},{high}" for low, high in _two_of(node))
-        return (
-            Slot(f"{name}.inputs", inputs),
-            Slot(f"{name}.first", self.operations),
-            Slot(f"{name}.second", self.operations),
-        )
-
-    def decode(self, node: int, choices: Choices) -> Incoming:
-        inputs, *operations = choices
-        named = [self.operations[operation] for operation in operations]
-        pairs = (Pair(*pair) for pair in zip(_two_of(node)[inputs], named, strict=True))
-        return tuple(pair for pair in pairs if pair.operation != NONE)
-
-    def encode(self, node: int, incoming: Incoming) -> Choices:
-        """An input that brings nothing is the first that is free."""
-        by_source = {source: self.operations.index(operation) for source, operation in incoming}
-        free = (source for source in range(node) if source not in by_source)
-        low, high = sorted([*by_source, *free][:2])
-        return _two_of(node).index((low, high)), by_source.get(low, 0), by_source.get(high, 0)
-
-    def thinnest(self, node: int, first: Pair) -> Incoming:
-        return (first,) if node == FIRST_NODE else ()
-
-
-class Enas:
-    operations: tuple[str, ...] = (SKIP, "avg3", "max3", "sep3", "sep5")
-    nodes = 5
-    width = 4
-    loose_ends = True
-
-    def slots(self, name: str, node: int) -> tuple[Slot, ...]:
-        inputs = tuple(map(str, range(node)))
-        return (
-            Slot(f"{name}.input_a", inputs),
-            Slot(f"{name}.operation_a", self.operations),
-            Slot(f"{name}.input_b", inputs),
-            Slot(f"{name}.operation_b", self.operations),
-        )
-
-    def decode(self, node: int, choices: Choices) -> Incoming:
-        input_a, operation_a, input_b, operation_b = choices
-        return Pair(input_a, self.operations[operation_a]), Pair(input_b, self.operations[operation_b])
-
-    def encode(self, node: int, incoming: Incoming) -> Choices:
-        chosen = sorted((source, self.operations.index(operation)) for source, operation in incoming)
-        return tuple(itertools.chain.from_iterable(chosen)) or (0,) * self.width
-
-    def thinnest(self, node: int, first: Pair) -> Incoming:
-        return (first if node == FIRST_NODE else Pair(node - 1, SKIP),) * 2
-
-
-VARIANTS: dict[str, Variant] = {"darts": Darts(), "enas": Enas()}
-
-
-@lru_cache
-def _two_of(values: int) -> tuple[tuple[int, int], ...]:
-    return tuple(itertools.combinations(range(values), 2))
-
-
-# ----------------------------------------------------------------------------------------- what is worked out
-
-
-class Position(NamedTuple):
-    """A place in the stack. `sizes` are the pixels per side of the outputs it reads, the older one
-    first."""
-
-    kind: int
-    width: int
-    sizes: tuple[int, int]
-
-    @property
-    def size_out(self) -> int:
-        return -(-self.sizes[1] // 2) if self.kind == REDUCE else self.sizes[1]
-
-    def stride(self, source: int) -> int:
-        return 2 if self.kind == REDUCE and source < FIRST_NODE else 1
-
-    def halves(self, source: int) -> bool:
-        """Whether an input is larger than the cell and has to be halved on its way in."""
-        return self.sizes[source] != self.sizes[1]
-
-
-class CellPlan(NamedTuple):
-    """What is worked out of a cell: per node what it takes in (nothing: it is zero), and its output's
-    nodes."""
-
-    nodes: tuple[Incoming, ...]
-    outputs: tuple[int, ...]
-
-    @property
-    def reads(self) -> tuple[int, ...]:
-        """The inputs that are read."""
-        sources = {source for incoming in self.nodes for source, _ in incoming}
-        return tuple(source for source in range(FIRST_NODE) if source in sources)
-
-
-Plan = tuple[CellPlan | None, ...]
-"""Per place; None where a cell is zero or nobody reads it, and everywhere when the network has no
-path."""
-
-
-def make_plan(genotype: Genotype, kinds: Sequence[int], loose_ends: bool) -> Plan:
-    """The live part of a network: from the stem on what is not zero, and of that what reaches the
-    end."""
-    cells: list[CellPlan | None] = []
-    reached = (True, True)
-    for kind in kinds:
-        cells.append(_reached(genotype[kind], reached, loose_ends))
-        reached = (reached[1], cells[-1] is not None)
-    wanted = {len(cells) - 1}
-    for place in reversed(range(len(cells))):
-        cell = cells[place]
-        if place not in wanted:
-            cells[place] = None
-        elif cell is not None:
-            wanted |= {place - FIRST_NODE + source for source in cell.reads}
-    return tuple(cells)
-
-
-def _reached(nodes: Sequence[Incoming], inputs: tuple[bool, bool], loose_ends: bool) -> CellPlan | None:
-    alive, live = list(inputs), []
-    for incoming in nodes:
-        live.append(tuple(pair for pair in incoming if alive[pair.source]))
-        alive.append(bool(live[-1]))
-    read = {source for incoming in live for source, _ in incoming} if loose_ends else set()
-    outputs = tuple(node for node, incoming in enumerate(live, FIRST_NODE) if incoming and node not in read)
-    return CellPlan(tuple(live), outputs) if outputs else None
-
-
-class Operators(Protocol[V]):
-    """What is done without weights, whatever values are: tensors, or operators that are written down."""
-
-    def rectify(self, x: V) -> V: ...
-    def pool(self, x: V, operation: str, stride: int) -> V: ...
-    def join(self, values: Sequence[V]) -> V:
-        """Their sum."""
-        ...
-
-    def concatenate(self, values: Sequence[V]) -> V: ...
-
-
-class Node(Generic[V]):
-    """A value, and what more than one operation may want of it."""
-
-    def __init__(self, value: V, operators: Operators[V]) -> None:
-        self.value = value
-        self._operators = operators
-        self._pooled: dict[str, V] = {}
-
-    @cached_property
-    def rectified(self) -> V:
-        return self._operators.rectify(self.value)
-
-    def pooled(self, operation: str, stride: int) -> V:
-        """Every value is pooled at one stride."""
-        if operation not in self._pooled:
-            self._pooled[operation] = self._operators.pool(self.value, operation, stride)
-        return self._pooled[operation]
-
-
-def run_network(
-    plan: Plan, stem: V, operators: Operators[V], cell: Callable[[int, Mapping[int, V]], V]
-) -> Iterator[tuple[int, V]]:
-    """Place and output of every live cell, in order. `cell(place, inputs)` takes rectified inputs."""
-    older: Node[V] | None = Node(stem, operators)
-    newer = older
-    for place, live in enumerate(plan):
-        made: Node[V] | None = None
-        if live is not None:
-            inputs = {}
-            for source in live.reads:
-                node = (older, newer)[source]
-                assert node is not None, "what is read is alive"
-                inputs[source] = node.rectified
-            made = Node(cell(place, inputs), operators)
-            yield place, made.value
-        older, newer = newer, made
-
-
-def run_cell(
-    plan: CellPlan,
-    inputs: Mapping[int, V],
-    operators: Operators[V],
-    edge: Callable[[int, Pair, Node[V]], V],
-) -> V:
-    """A cell's nodes side by side. `edge(node, pair, source)` is what a pair brings to a node."""
-    nodes = {source: Node(value, operators) for source, value in inputs.items()}
-    for node, incoming in enumerate(plan.nodes, FIRST_NODE):
-        if incoming:
-            brought = {pair: edge(node, pair, nodes[pair.source]) for pair in dict.fromkeys(incoming)}
-            nodes[node] = Node(operators.join([brought[pair] for pair in incoming]), operators)
-    return operators.concatenate([nodes[node].value for node in plan.outputs])
-
-
-def has_weights(operation: str, stride: int) -> bool:
-    return operation in CONVOLUTIONS or (operation == SKIP and stride > 1)
-
-
-def operate(operation: str, source: Node[V], stride: int, weighted: Callable[[V], V]) -> V:
-    """What an operation makes of a value; `weighted` is its part with weights, which takes rectified
-    values."""
-    if has_weights(operation, stride):
-        return weighted(source.rectified)
-    return source.value if operation == SKIP else source.pooled(operation, stride)
-
-
-# -------------------------------------------------------------------------------------------------- the space
 
 
 class CellSpace:

@@ -17,16 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.spaces.cell import (
+from pipeline.spaces.cell_choices import FIRST_NODE, NONE, SKIP, Pair
+from pipeline.spaces.cell_plan import (
     CONVOLUTIONS,
-    FIRST_NODE,
-    NONE,
     POOL_KERNEL,
-    SKIP,
     CellPlan,
     Convolution,
     Node,
-    Pair,
     Plan,
     Position,
     has_weights,
@@ -53,7 +50,8 @@ Edge = Callable[[Position, int, Pair, Tensor], Tensor]
 
 
 class Operators:
-    """Implements `pipeline.spaces.cell.Operators` for tensors; `norm` as in `CellSettings.mixed_norm`."""
+    """Implements `pipeline.spaces.cell_plan.Operators` for tensors; `norm` as in
+    `CellSettings.mixed_norm`."""
 
     def __init__(self, norm: str = "none") -> None:
         self._norm = norm

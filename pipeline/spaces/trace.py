@@ -51,7 +51,7 @@ class Trace:
     """Writes a network down, beginning with its image (C, H, W). What is worked out of the same values twice
     without weights is there once, as in an exported graph.
 
-    Implements `pipeline.spaces.cell.Operators`."""
+    Implements `pipeline.spaces.cell_plan.Operators`."""
 
     def __init__(self, image_shape: tuple[int, int, int]) -> None:
         channels, size, _ = image_shape

@@ -10,17 +10,8 @@ from pipeline.costs.counts import flops, params
 from pipeline.costs.table import SpaceCosts
 from pipeline.errors import ConfigError
 from pipeline.settings import parse_settings
-from pipeline.spaces.cell import (
-    KINDS,
-    CellSettings,
-    CellSpace,
-    Darts,
-    Enas,
-    Genotype,
-    Incoming,
-    Pair,
-    stem_strides,
-)
+from pipeline.spaces.cell import CellSettings, CellSpace, stem_strides
+from pipeline.spaces.cell_choices import KINDS, Darts, Enas, Genotype, Incoming, Pair
 from pipeline.types import Arch, FloatArray
 
 Published = list[tuple[str, int]]

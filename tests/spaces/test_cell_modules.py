@@ -14,7 +14,8 @@ from exported_graph import check_file
 from pipeline.costs.counts import flops, module_flops, module_params, params
 from pipeline.deploy.export import export_onnx, export_skeleton
 from pipeline.deploy.parity import check_parity
-from pipeline.spaces.cell import POOLS, CellSettings, CellSpace, Pair, Position
+from pipeline.spaces.cell import CellSettings, CellSpace
+from pipeline.spaces.cell_choices import Pair
 from pipeline.spaces.cell_modules import (
     AuxiliaryHead,
     Cell,
@@ -25,6 +26,7 @@ from pipeline.spaces.cell_modules import (
     Operators,
     Skeleton,
 )
+from pipeline.spaces.cell_plan import POOLS, Position
 from pipeline.types import Arch
 
 Weight = Callable[[int, int, Pair], torch.Tensor | float]
