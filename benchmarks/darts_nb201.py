@@ -49,7 +49,7 @@ from pipeline.run import TraceFile
 from pipeline.search import METHODS
 from pipeline.search.darts import Darts
 from pipeline.search.darts_prime import DartsPrime
-from pipeline.search.gradient import PUBLISHED_RATE, GradientSettings
+from pipeline.search.gradient_rules import PUBLISHED_RATE, GradientSettings
 from pipeline.search.problem import SearchProblem
 from pipeline.settings import pick
 from pipeline.spaces.nb201 import NB201Settings, NB201Space

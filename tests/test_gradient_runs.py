@@ -19,7 +19,7 @@ from pipeline.progress import Silent
 from pipeline.run import open_run
 from pipeline.search import METHODS
 from pipeline.search.base import RELAXED
-from pipeline.search.gradient import WARM_UP
+from pipeline.search.gradient_rules import WARM_UP
 from pipeline.stages.search import search_problem
 
 SMALL: dict[str, Any] = {

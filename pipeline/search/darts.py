@@ -13,7 +13,8 @@ from collections.abc import Callable
 
 from pipeline.algorithms import relaxation
 from pipeline.search.base import RELAXED, SearchMethod
-from pipeline.search.gradient import WARM_UP, GradientSettings, NoPull, Rules, descend
+from pipeline.search.gradient import descend
+from pipeline.search.gradient_rules import WARM_UP, GradientSettings, NoPull, Rules
 from pipeline.search.problem import SearchProblem
 from pipeline.types import Checkpoint, Json, Progress, SearchResult
 

@@ -21,7 +21,8 @@ from pydantic import Field
 from pipeline.algorithms import relaxation
 from pipeline.algorithms.relaxation import Activation, Admm, AdmmForm, Mask, Pace
 from pipeline.search.base import RELAXED, SearchMethod
-from pipeline.search.gradient import WARM_UP, GradientSettings, NoPull, Pull, Rules, Where, descend
+from pipeline.search.gradient import descend
+from pipeline.search.gradient_rules import WARM_UP, GradientSettings, NoPull, Pull, Rules, Where
 from pipeline.search.problem import SearchProblem
 from pipeline.types import Checkpoint, FloatArray, Json, Progress, SearchResult
 

@@ -36,7 +36,8 @@ from pipeline.algorithms import min_norm, relaxation
 from pipeline.algorithms.relaxation import Mask
 from pipeline.errors import ConfigError
 from pipeline.search.base import RELAXED, SearchMethod
-from pipeline.search.gradient import WARM_UP, GradientSettings, NoPull, Rules, descend
+from pipeline.search.gradient import descend
+from pipeline.search.gradient_rules import WARM_UP, GradientSettings, NoPull, Rules
 from pipeline.search.nearest import NONE
 from pipeline.search.problem import SearchProblem
 from pipeline.spaces.base import RelaxedSpace
@@ -145,7 +146,7 @@ def _share_of_range(problem: SearchProblem, space: RelaxedSpace, tier: Tier, lim
 
 @dataclass(frozen=True)
 class Objectives:
-    """All losses and the size, as one. Implements `pipeline.search.gradient.Combine`; `floors` are L by
+    """All losses and the size, as one. Implements `pipeline.search.gradient_rules.Combine`; `floors` are L by
     a tier's key, in the unit of N."""
 
     size: Size

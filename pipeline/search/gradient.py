@@ -1,8 +1,7 @@
 """The loop of the gradient methods: weights and a mixture of operations, trained side by side.
 
 H. Liu, K. Simonyan, Y. Yang, "DARTS: Differentiable Architecture Search", 2018, arXiv 1806.09055. What
-makes it `darts` or `darts-prime` comes in as `Rules`: how α becomes a mixture, which minibatches move
-it, what pulls it towards an architecture.
+makes it `darts` or `darts-prime` comes in as `Rules` (`search/gradient_rules.py`).
 
 Budgets are ours, the papers have none. There is one search per tier; all of them go on from the same
 warm-up, in which the weights train under the first mixture. How limits enter: `search/pressure.py`.
@@ -24,24 +23,23 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
-from pydantic import Field
 
 from pipeline.algorithms import adam, relaxation
 from pipeline.algorithms.adam import AdamSettings, Moments
-from pipeline.algorithms.relaxation import Activation, Admm, LinearCost, Mask, Pace, Schedule
+from pipeline.algorithms.relaxation import Admm, LinearCost, Mask, Schedule
 from pipeline.artifacts import sha256_json
 from pipeline.errors import ConfigError, DivergedTraining, StaleArtifact
 from pipeline.search.bands import BandSampler
 from pipeline.search.base import RELAXED
+from pipeline.search.gradient_rules import LEAST_MOVES, PUBLISHED_RATE, GradientSettings, Rules, Where
 from pipeline.search.nearest import TEMPERATURES, Nearest, drawn_by, operations_of, with_second_chance
 from pipeline.search.pressure import Pressure
 from pipeline.search.problem import SearchProblem
-from pipeline.settings import Settings
 from pipeline.types import (
     Arch,
     Arrays,
@@ -55,139 +53,22 @@ from pipeline.types import (
     Progress,
     RelaxedEvaluator,
     SearchResult,
-    Tier,
 )
 
 # First word of the seed of every random stream here; those of `search/problem.py` are 0 to 3.
 STAGE_ALPHA, STAGE_COSTS, STAGE_CANDIDATES = range(10, 13)
 
-PUBLISHED_RATE, PUBLISHED_STEPS = 3e-4, 19_500
-"""Of Adam on α, and minibatches: 50 epochs of half of CIFAR-10's training images, 64 at a time. With a
-`pace` weights have more of the images, and the same epochs more minibatches."""
-
 LARGEST_RATE = 0.05
 """That a short search gets by itself."""
 
-LEAST_REACH, LEAST_MOVES = 0.1, 200
-"""How far α must be able to go, its first values being about 1/|O| with `crb`, and even with `softmax`; and
-in how many steps, of which each sees the noise of a minibatch."""
+LEAST_REACH = 0.1
+"""How far α must be able to go, its first values being about 1/|O| with `crb`, and even with `softmax`."""
 
 POOL = 2_000
 """Random architectures that show whether a tier's budget can be kept, before anything is trained."""
 
 BAND = 0.85
 """Architectures that use less of the budget come after those that use this much, as in `BandSampler`."""
-
-WARM_UP = 1000
-"""Steps of the weights before α moves, where a run states none: a mixed step is a step of every operation."""
-
-
-class GradientSettings(Settings):
-    """What all gradient methods share. Adam's defaults are those of both papers."""
-
-    learning_rate: float | None = Field(default=None, gt=0)
-    """Of Adam on α. By default a tier's minibatches take α as far as the published ones do at 3e-4."""
-    beta1: float = Field(default=0.5, ge=0, lt=1)
-    beta2: float = Field(default=0.999, ge=0, lt=1)
-    weight_decay: float = Field(default=1e-3, ge=0)
-    candidates: int = Field(default=16, ge=1)
-    """How many architectures a tier's search leaves, at most."""
-    pressure_rate: float = Field(default=40.0, ge=0)
-    """Change of a limit's multiplier λ per unit of log(cost/limit) and of the way that Adam can have
-    moved α, its learning rate times its steps: λ has grown before operations are given up."""
-    damping: float = Field(default=4.0, ge=0)
-    """μ: what log(cost/limit) adds to the multiplier at once, which keeps it from overshooting."""
-    cost_samples: int = Field(default=512, ge=16)
-    """Architectures whose costs a linear fit is made to."""
-    cost_every: int = Field(default=20, ge=1)
-    """Steps of α after which the fit is renewed."""
-
-
-class Pull(Protocol):
-    """What draws a mixture towards an architecture. Its memory is that of ADMM, needed or not."""
-
-    def gradient(
-        self, mix_EO: FloatArray, mask_EO: Mask, memory: Admm, at: Where
-    ) -> tuple[float, FloatArray]:
-        """Value, and gradient by the mixture."""
-        ...
-
-    def start(self, alpha_EO: FloatArray, mask_EO: Mask, activation: Activation) -> Admm: ...
-    def remember(
-        self, memory: Admm, alpha_EO: FloatArray, mask_EO: Mask, activation: Activation, at: Where
-    ) -> Admm:
-        """The memory after a step of α."""
-        ...
-
-
-class Where(NamedTuple):
-    """How far a tier's search is: `share` of its minibatches, and `moves`, the steps of α so far; what
-    an architecture is: the space's rule, and the cell of every edge."""
-
-    share: float
-    moves: int
-    disc: relaxation.Disc
-    cell_E: IntArray
-
-
-class NoPull:
-    """Implements `Pull`."""
-
-    def gradient(
-        self, mix_EO: FloatArray, mask_EO: Mask, memory: Admm, at: Where
-    ) -> tuple[float, FloatArray]:
-        return 0.0, np.zeros_like(mix_EO)
-
-    def start(self, alpha_EO: FloatArray, mask_EO: Mask, activation: Activation) -> Admm:
-        return Admm(np.zeros_like(alpha_EO), np.zeros_like(alpha_EO))
-
-    def remember(
-        self, memory: Admm, alpha_EO: FloatArray, mask_EO: Mask, activation: Activation, at: Where
-    ) -> Admm:
-        return memory
-
-
-class Combine(Protocol):
-    """Makes one direction of several objectives."""
-
-    def __call__(
-        self,
-        gradients_JEO: FloatArray,
-        alpha_EO: FloatArray,
-        mask_EO: Mask,
-        chosen_EO: FloatArray,
-        tier: Tier,
-    ) -> tuple[FloatArray, Json]:
-        """From the losses' gradients by the mixture, the one by the mixture that α goes down, before pulls
-        and limits; and what of it is worth tracing. `chosen_EO` is the architecture the mixture stands
-        for, as zeros and ones."""
-        ...
-
-
-class Rules(NamedTuple):
-    """What tells gradient methods apart. Without a `pace` every minibatch moves α (the static
-    schedule); without `combine` α goes down the first loss alone."""
-
-    activation: Activation
-    pace: Pace | None
-    pull: Pull
-    combine: Combine | None = None
-
-    @property
-    def published_steps(self) -> float:
-        """Minibatches per search: all images go to the weights but for one in r + 1, or half of them."""
-        if self.pace is None:
-            return PUBLISHED_STEPS
-        return 2 * PUBLISHED_STEPS * self.pace.ratio / (self.pace.ratio + 1)
-
-    def moves(self, steps: int) -> float:
-        """Steps of α in so many minibatches, in the long run."""
-        return steps / (1 if self.pace is None else 1 + self.pace.ratio)
-
-    @property
-    def enough(self) -> int:
-        """Minibatches in which a tier is decided: what a run gets that states no number."""
-        return round(LEAST_MOVES / self.moves(1))
 
 
 class TierState(NamedTuple):

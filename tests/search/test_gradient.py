@@ -20,7 +20,8 @@ from pipeline.progress import NoCheckpoint, Silent
 from pipeline.search import METHODS
 from pipeline.search.darts import Darts
 from pipeline.search.darts_prime import AdmmPull, DartsPrime, Proximity, rules_of
-from pipeline.search.gradient import GradientSettings, Where, _cells
+from pipeline.search.gradient import _cells
+from pipeline.search.gradient_rules import GradientSettings, Where
 from pipeline.search.problem import SearchProblem
 from pipeline.types import Arch, Arrays, Evaluator, FitInfo, FloatArray, Json, Limit, SearchResult, Slot, Tier
 
