@@ -116,8 +116,12 @@ def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
         np.savez(file, allow_pickle=False, **{name: np.asarray(value) for name, value in arrays.items()})
 
 
-def read_json(path: Path) -> Any:
-    return _read(path, lambda: json.loads(path.read_text()), "JSON")
+REMAKE = "remove this file and run the same command again to remake it"
+
+
+def read_json(path: Path, remedy: str = REMAKE) -> Any:
+    """Raises RunFolderError where there is none, CorruptArtifact with `remedy` where it is none."""
+    return _read(path, lambda: json.loads(path.read_text()), "JSON", remedy)
 
 
 def read_yaml(path: Path) -> Any:
@@ -133,7 +137,7 @@ def read_arrays(path: Path) -> Arrays:
     return loaded
 
 
-def _read(path: Path, load: Any, what: str) -> Any:
+def _read(path: Path, load: Any, what: str, remedy: str = REMAKE) -> Any:
     try:
         return load()
     except FileNotFoundError:
@@ -142,9 +146,7 @@ def _read(path: Path, load: Any, what: str) -> Any:
         raise RunFolderError(f"{path}: cannot be read ({failure.strerror or failure})") from None
     except Exception as failure:
         reason = str(failure).splitlines()[0] if str(failure) else type(failure).__name__
-        raise CorruptArtifact(
-            f"{path}: is not {what} ({reason}); remove this file and run the same command again to remake it"
-        ) from None
+        raise CorruptArtifact(f"{path}: is not {what} ({reason}); {remedy}") from None
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints

@@ -23,7 +23,7 @@ from pipeline.devices.profile import DeviceProfile, load_profile, read_strict_ya
 from pipeline.errors import ConfigError, ProfileError
 from pipeline.evaluators import EVALUATORS
 from pipeline.search import METHODS
-from pipeline.settings import Settings, parse_settings, pick
+from pipeline.settings import Settings, nearest, parse_settings, pick
 from pipeline.spaces import space_entry
 from pipeline.train.recipe import Recipe, Robustness
 from pipeline.types import Json
@@ -156,12 +156,16 @@ def read_config(path: Path) -> Json:
 
 def parse(values: Mapping[str, Any], where: str) -> RunConfig:
     """Resolve a run. `where` names the file or the flags for messages. Raises ConfigError or ProfileError."""
-    unknown = sorted(set(values) - set(DEFAULTS))
+    unknown = sorted(str(key) for key in set(values) - set(DEFAULTS))
     if unknown:
-        raise ConfigError(f"{where}: unknown key '{unknown[0]}'; valid keys: {', '.join(DEFAULTS)}")
+        raise ConfigError(
+            f"{where}: unknown key '{unknown[0]}'{nearest(unknown[0], DEFAULTS)}; valid keys: "
+            f"{', '.join(DEFAULTS)}"
+        )
     method = _method(values.get("method", DEFAULTS["method"]), where)
     suggested = METHODS[method.name].suggests(method.settings)
-    values = {**DEFAULTS, "evaluator": suggested.get("evaluator", DEFAULTS["evaluator"]), **values}
+    evaluator = str(suggested.get("evaluator", DEFAULTS["evaluator"]))
+    values = {**DEFAULTS, "evaluator": evaluator, **values}
     profiles = _profiles(values["profiles"], where)
     search = _mapping(values, "search", where)
     if "warm_up" in suggested:
@@ -174,7 +178,7 @@ def parse(values: Mapping[str, Any], where: str) -> RunConfig:
         data=_data(values["data"], where),
         space=_space(values["space"], profiles, suggested.get("space", {}), where),
         method=method,
-        evaluator=_evaluator(values["evaluator"], where),
+        evaluator=_evaluator(values["evaluator"], evaluator, where),
         search=parse_settings(SearchSettings, search, f"{where}: search"),
         derive=parse_settings(DeriveSettings, _mapping(values, "derive", where), f"{where}: derive"),
         retrain=parse_settings(Recipe, _mapping(values, "retrain", where), f"{where}: retrain"),
@@ -253,15 +257,16 @@ def _mapping(values: Mapping[str, Any], key: str, where: str) -> Mapping[str, An
     return found
 
 
-def _named(value: object, key: str, where: str) -> tuple[str, dict[str, Any]]:
-    """Name and settings of a plug-in section."""
+def _named(value: object, key: str, where: str, default: str | None = None) -> tuple[str, dict[str, Any]]:
+    """Name and settings of a plug-in section. One that states settings alone is of the default name."""
     if isinstance(value, str):
         return value, {}
-    if isinstance(value, Mapping) and isinstance(value.get("name"), str):
-        return value["name"], {k: v for k, v in value.items() if k != "name"}
-    raise ConfigError(
-        f"{where}: '{key}' is {value!r}; expected a name, or a mapping with 'name' and settings"
-    )
+    name = value.get("name", default or DEFAULTS[key]) if isinstance(value, Mapping) else None
+    if not isinstance(value, Mapping) or not isinstance(name, str):
+        raise ConfigError(
+            f"{where}: '{key}' is {value!r}; expected a name, or a mapping with 'name' and settings"
+        )
+    return name, {k: v for k, v in value.items() if k != "name"}
 
 
 def _entry(catalogue: Mapping[str, T], name: str, what: str, where: str) -> T:
@@ -309,8 +314,8 @@ def _method(value: object, where: str) -> PlugIn:
     return PlugIn(name, parse_settings(method.config, options, f"{where}: method"))
 
 
-def _evaluator(value: object, where: str) -> PlugIn:
-    name, options = _named(value, "evaluator", where)
+def _evaluator(value: object, default: str, where: str) -> PlugIn:
+    name, options = _named(value, "evaluator", where, default)
     entry = _entry(EVALUATORS, name, "evaluator", where)()
     return PlugIn(name, parse_settings(entry.settings, options, f"{where}: evaluator"))
 

@@ -132,7 +132,7 @@ def _ray() -> ModuleType:
         return importlib.import_module("ray")
     except ImportError:
         raise ConfigError(
-            "--engine ray: Ray is not installed; pip install 'budgetline[ray]', on every node"
+            "--engine ray: Ray is not installed; pip install '.[ray]' in the checkout, on every node"
         ) from None
 
 
@@ -285,7 +285,7 @@ class RayCluster:
             if "failed to import on the worker" in str(failure):
                 raise ConfigError(
                     f"a node of the cluster cannot import budgetline {__version__}; install it on every one: "
-                    f"pip install 'budgetline[ray]=={__version__}'"
+                    "pip install '.[ray]' in a checkout of this version"
                 ) from None
             raise
         except errors.RayError as failure:

@@ -48,7 +48,7 @@ def _explain(model: type[Settings], item: Mapping[str, Any], where: str) -> str:
     path = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
         names = sorted(_fields_at(model, item["loc"][:-1]))
-        hint = _nearest(str(item["loc"][-1]), names)
+        hint = nearest(str(item["loc"][-1]), names)
         return f"{where}: unknown key '{path}'{hint}; valid keys: {', '.join(names)}"
     if item["type"] == "missing":
         return f"{where}: '{path}' is missing"
@@ -73,7 +73,8 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
     return next((model for part in get_args(annotation) if (model := _model_in(part))), None)
 
 
-def _nearest(name: str, valid: Iterable[str]) -> str:
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A guess at what was meant, to be put into a message; nothing where no name is close."""
     close = difflib.get_close_matches(name, list(valid), n=1)
     return f" (did you mean '{close[0]}'?)" if close else ""
 
@@ -82,6 +83,6 @@ def pick(catalogue: Mapping[str, T], name: str, what: str) -> T:
     """An entry of a room's catalogue, or a ConfigError that lists what there is."""
     if name not in catalogue:
         raise ConfigError(
-            f"unknown {what} '{name}'{_nearest(name, catalogue)}; there are: {', '.join(sorted(catalogue))}"
+            f"unknown {what} '{name}'{nearest(name, catalogue)}; there are: {', '.join(sorted(catalogue))}"
         )
     return catalogue[name]

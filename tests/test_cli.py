@@ -143,7 +143,8 @@ def test_flags_and_settings_override_the_file(cli: Cli, tmp_path: Path) -> None:
         ("retrain..lr=3", "expected KEY=VALUE"),
         ("retrain.lr=[1", "is not a YAML value"),
         ("retrain.rate=1", "unknown key 'rate'"),
-        ("profiles.threads=2", "'profiles' is ['profiles/params.yaml'], which has no settings of its own"),
+        ("profiles.threads=2", "a profile's settings stand in its YAML file"),
+        ("seed=2024-13-45", "'2024-13-45' is not a YAML value"),
         ("seed.x=2", "'seed' is 3, which has no settings of its own"),
     ],
 )
@@ -311,7 +312,7 @@ def test_doctor_reports_as_table_and_json(cli: Cli, monkeypatch: pytest.MonkeyPa
 def test_a_finished_run_prints_its_family_again_and_json_for_machines(cli: Cli, finished: Path) -> None:
     outcome = cli("run", "--out", finished)
     assert outcome.code == 0 and "test accuracy" in outcome.out
-    assert " params" in outcome.out and "p50" not in outcome.out, "nothing was timed"
+    assert " params" in outcome.out and "latency" not in outcome.out, "nothing was timed"
     manifest = json.loads(cli("run", "--out", finished, "--json").out)
     assert manifest == json.loads((finished / "manifest.json").read_text())
 

@@ -51,6 +51,14 @@ def test_what_is_written_is_read_back_equal(values: dict[str, Any]) -> None:
     assert again.to_json() == config.to_json()
 
 
+def test_a_section_without_a_name_is_of_what_is_there_by_default() -> None:
+    """Of an evaluator, what the method takes by default."""
+    assert parsed(space={"size": "tiny"}).space == parsed(space={"name": "mbconv", "size": "tiny"}).space
+    mixed = parsed(space="nb201", method="darts", evaluator={"batch_size": 32}).evaluator
+    assert (mixed.name, mixed.to_json()["batch_size"]) == ("relaxed", 32)
+    assert parsed(evaluator={"batch_size": 32}).evaluator.name == "one-shot"
+
+
 def test_a_supernet_that_nothing_would_train_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"search: warm_up is 0 and train_in_search false, so 'one-shot'"):
         parsed(search={"warm_up": 0})
@@ -77,7 +85,10 @@ def test_data_and_profiles_are_written_as_stated() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"sead": 1}, r"run\.yaml: unknown key 'sead'; valid keys: seed, device, data"),
+        (
+            {"sead": 1},
+            r"run\.yaml: unknown key 'sead' \(did you mean 'seed'\?\); valid keys: seed, device, data",
+        ),
         ({"search": {"warmup": 1}}, r"run\.yaml: search: unknown key 'warmup' \(did you mean 'warm_up'\?\)"),
         ({"retrain": {"epoch": 1}}, r"run\.yaml: retrain: unknown key 'epoch' \(did you mean 'epochs'"),
         (
@@ -93,7 +104,8 @@ def test_data_and_profiles_are_written_as_stated() -> None:
         ({"method": "importence"}, r"run\.yaml: unknown method 'importence' \(did you mean 'importance'\?\)"),
         ({"method": {"name": "random", "steps": 3}}, r"run\.yaml: method: unknown key 'steps'"),
         ({"method": 3}, r"run\.yaml: 'method' is 3; expected a name, or a mapping with 'name'"),
-        ({"method": {"size": 3}}, "'method' is {'size': 3}; expected a name"),
+        ({"method": {"name": 3}}, "'method' is {'name': 3}; expected a name"),
+        ({"method": {"size": 3}}, r"run\.yaml: method: unknown key 'size'; valid keys: .*guide"),
         ({"space": "mbconf"}, r"run\.yaml: unknown space 'mbconf' \(did you mean 'mbconv'\?\)"),
         ({"space": {"name": "mbconv", "size": "huge"}}, r"run\.yaml: space: 'size' is 'huge'"),
         ({"evaluator": "oneshot"}, r"run\.yaml: unknown evaluator 'oneshot' \(did you mean 'one-shot'\?\)"),
@@ -113,6 +125,11 @@ def test_data_and_profiles_are_written_as_stated() -> None:
 def test_what_is_wrong_is_named_with_its_place(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parsed(**values)
+
+
+def test_unknown_keys_of_several_types_are_refused() -> None:
+    with pytest.raises(ConfigError, match="unknown key '1'; valid keys: "):
+        parse({1: 2, "foo": 3}, "run.yaml")  # type: ignore[dict-item]
 
 
 @pytest.mark.parametrize(
@@ -161,6 +178,8 @@ def test_every_shipped_profile_makes_a_run() -> None:
     [
         ("- a\n- b\n", "is not a run: expected keys such as seed"),
         ("seed: 1\nseed: 2\n", "line 2: key 'seed' is there twice"),
+        ("seed: 1\ndata: {{ data }}\n", "line 2: a key must be a plain word"),
+        ("seed: 2024-13-45\n", "month must be in 1..12"),
         ("seed: [1\n", r"run\.yaml: line "),
         ("seed: !!python/object/apply:os.getpid []\n", "could not determine a constructor"),
     ],

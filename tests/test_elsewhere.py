@@ -151,7 +151,7 @@ def test_a_kit_before_there_is_a_run(cli: Cli, tmp_path: Path) -> None:
         (["--profile", "cpu"], "0 of the profiles say 'measured: elsewhere'"),
         (["--device", "pi"], "goes with --verify"),
         (["--verify", "RUN", "--data", "digits"], "takes everything from that run"),
-        (["--verify", "RUN"], "manifest.json: not there"),
+        (["--verify", "RUN"], "absent: no such folder"),
     ],
 )
 def test_kits_that_cannot_be_made(cli: Cli, tmp_path: Path, words: list[str], told: str) -> None:

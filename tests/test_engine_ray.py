@@ -45,7 +45,7 @@ from pipeline.types import Json
 
 TESTS = Path(__file__).parent
 needs_ray = pytest.mark.skipif(
-    importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install 'budgetline[ray]'"
+    importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install '.[ray]'"
 )
 on_a_cluster = [
     needs_ray,

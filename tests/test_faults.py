@@ -126,7 +126,7 @@ def write_images(root: Path, sizes: dict[str, list[int]]) -> None:
         ({"cat": [8] * 9}, ["wanted at least 2 class folders", "only 'cat'"]),
         ({"cat": [8] * 9, "dog": []}, ["class 'dog' has 0"]),
         ({"cat": [8] * 9, "dog": [8, 8]}, ["wanted at least 3 images per class", "class 'dog' has 2"]),
-        ({"cat": [8] * 9, "dog": [8, 8, 16]}, ["2 different sizes", "set image_size"]),
+        ({"cat": [8] * 9, "dog": [8, 8, 16]}, ["2 different sizes", "set data.image_size"]),
     ],
 )
 def test_images_that_cannot_be_used_are_named(
@@ -175,7 +175,7 @@ def test_what_the_message_asks_for_helps_in_the_same_folder(cli: Cli, tmp_path: 
     images, root = tmp_path / "images", tmp_path / "run"
     write_images(images, {"cat": [8] * 8 + [16], "dog": [8] * 9})
     words = ["profile", describe(tmp_path, data=f"image-folder:{images}"), "--out", root]
-    refused(cli(*words), "DataError", "set image_size")
+    refused(cli(*words), "DataError", "set data.image_size")
     assert cli(*words, "--set", "data.image_size=8").code == 0
     refused(cli(*words, "--set", "data.image_size=16"), "StaleArtifact", "another data")
 
@@ -217,7 +217,7 @@ def test_a_folder_without_a_run_is_left_as_it_is(cli: Cli, tmp_path: Path) -> No
     for words in (["run"], ["search"], ["report"]):
         refused(cli(*words, "--out", tmp_path / "typo"), "RunFolderError", "holds no run", "budgetline run")
     for words in (["verify"], ["select"]):
-        refused(cli(*words, tmp_path / "typo"), "RunFolderError", "manifest.json: not there")
+        refused(cli(*words, tmp_path / "typo"), "RunFolderError", "typo: no such folder")
     assert not (tmp_path / "typo").exists()
 
 

@@ -500,16 +500,29 @@ def test_the_last_attempt_s_network_is_refused_for_good(
     stopwatch.factor = 1.06
     outcome = cli("run", described, "--out", root)
     assert outcome.code == 2 and outcome.err.strip().splitlines()[-1].startswith("BudgetMissed: "), outcome
-    assert "raise derive.guard" in outcome.err and (root / "cpu" / "m" / "arch.json").exists()
+    assert f"raise derive.attempts (it is 1) in {root / 'run.yaml'}" in outcome.err
+    refused = (root / "cpu" / "m" / "arch.json").read_text()
 
     asked = yaml.safe_load((root / "run.yaml").read_text())
     asked["derive"]["attempts"] = 2
     (root / "run.yaml").write_text(yaml.safe_dump(asked))
-    (root / "cpu" / "m" / "arch.json").unlink()
-    assert cli("derive", "--out", root).code == 0
     outcome = cli("measure", "--out", root)
     assert outcome.code == 2 and "NetworkRefused: tier cpu/m" in outcome.err, outcome
-    assert not (root / "cpu" / "m" / "arch.json").exists()
+    assert cli("run", "--out", root).code == 0
+    assert (root / "cpu" / "m" / "arch.json").read_text() != refused
+
+
+def test_a_disturbed_machine_gives_no_network_up(cli: Cli, stopwatch: Stopwatch, tmp_path: Path) -> None:
+    described, root = latency_yaml(tmp_path, [{"name": "m", "limits": {"latency": "50 %"}}]), tmp_path / "run"
+    stopwatch.factor = 1.5
+    outcome = cli("run", described, "--out", root)
+    assert outcome.code == 2 and "BudgetMissed" in outcome.err, outcome
+    assert "when the machine is idle" in outcome.err
+    chosen = root / "cpu" / "m" / "arch.json"
+    kept = chosen.read_text()
+    stopwatch.factor = 1.0
+    assert cli("run", "--out", root).code == 0
+    assert chosen.read_text() == kept and not (root / "cpu" / "m" / "misses.json").exists()
 
 
 def test_a_whole_run_on_this_machine_s_cpu(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,8 +55,15 @@ class _Engine(NamedTuple):
 _HERE = _Engine()
 
 
-def _starter(name: str, work: Callable[[Run], Json | None], help_text: str, example: str) -> None:
-    """A command that may start a run, and so takes everything that describes one."""
+def _starter(
+    name: str,
+    work: Callable[[Run], Json],
+    help_text: str,
+    example: str,
+    show: Callable[[Json, Path], None] | None = None,
+) -> None:
+    """A command that may start a run, and so takes everything that describes one. `work` gives what `--json`
+    prints, and `show` prints for people, where progress has not said it all."""
 
     def command(
         config: ConfigFile = None,
@@ -89,11 +96,11 @@ def _starter(name: str, work: Callable[[Run], Json | None], help_text: str, exam
             root, asked = out or wanted.folder(config), wanted.config()
             chosen = _Engine(workers, engine, ray_address, task_resources)
             with _opened(root, asked, chosen) as opened:
-                manifest = work(opened)
-            if manifest is not None and as_json:
-                typer.echo(json.dumps(manifest))
-            elif manifest is not None:
-                print_family(manifest, root)
+                result = work(opened)
+            if as_json:
+                typer.echo(json.dumps(result))
+            elif show is not None:
+                show(result, root)
 
     commands.command(
         name, help=help_text, epilog=f"Example: budgetline {name} {example}", rich_help_panel=MAKE
@@ -137,17 +144,18 @@ def _stage(name: str, help_text: str, per_tier: bool, trains: bool = False) -> N
     register(for_training if trains else for_one_tier if per_tier else for_all)
 
 
-def _run_all(opened: Run) -> Json | None:
+def _run_all(opened: Run) -> Json:
     from pipeline.flow import run_all
 
     return run_all(opened)
 
 
-def _profile(opened: Run) -> Json | None:
+def _profile(opened: Run) -> Json:
+    """Every tier with its budgets as absolute numbers."""
     from pipeline.stages.profile import profile_stage
 
     profile_stage(opened)
-    return None
+    return {"tiers": [tier.to_json() for tier in opened.tiers]}
 
 
 _starter(
@@ -155,6 +163,7 @@ _starter(
     _run_all,
     "Search once, retrain, export, measure and write the manifest; in an existing folder, go on.",
     "--data image-folder:photos --profile profiles/cpu-1thread.yaml --out exports/photos",
+    print_family,
 )
 _starter(
     "profile",
@@ -179,6 +188,7 @@ def _opened(root: Path, asked: RunConfig | None, engine: _Engine) -> Iterator[Ru
     from pipeline.run import open_run, prepare_compute, refuse_to_begin, working_folder
     from pipeline.ui import progress_for
 
+    _check(engine)
     with joined() as ranks:
         if ranks.rank == 0:
             refuse_to_begin(root, asked)  # before the lock, which would make the folder
@@ -191,21 +201,26 @@ def _opened(root: Path, asked: RunConfig | None, engine: _Engine) -> Iterator[Ru
                 yield opened
 
 
+def _check(engine: _Engine) -> None:
+    """Refuse flags that name no engine, or say of one that was not asked for what it should do."""
+    if engine.name not in ("local", "ray"):
+        raise ConfigError(f"--engine {engine.name}: there are local and ray")
+    idle = {"--ray-address": engine.ray_address, "--task-resources": engine.task_resources}
+    for flag, value in idle.items():
+        if engine.name == "local" and value is not None:
+            raise ConfigError(f"{flag} is for a cluster: say --engine ray, or leave it out")
+
+
 @contextmanager
 def _cluster(run: Run, engine: _Engine) -> Iterator[Cluster | None]:
     """The machines that the flags name; None where this one does all."""
-    if engine.name == "ray" and run.ranks.size > 1:
-        raise ConfigError("--engine ray and torchrun both spread trainings: leave one of them out")
-    if engine.name == "ray":
-        from pipeline.engine_ray import connected, parse_ray_settings
-
-        settings = parse_ray_settings(engine.ray_address, engine.task_resources, run.config.device)
-        with connected(settings, run.config.profiles, run.progress) as cluster:
-            yield cluster
+    if engine.name == "local":
+        yield None
         return
-    if engine.name != "local":
-        raise ConfigError(f"--engine {engine.name}: there are local and ray")
-    idle = {"--ray-address": engine.ray_address, "--task-resources": engine.task_resources}
-    for flag in (flag for flag, value in idle.items() if value is not None):
-        raise ConfigError(f"{flag} is for a cluster: say --engine ray, or leave it out")
-    yield None
+    if run.ranks.size > 1:
+        raise ConfigError("--engine ray and torchrun both spread trainings: leave one of them out")
+    from pipeline.engine_ray import connected, parse_ray_settings
+
+    settings = parse_ray_settings(engine.ray_address, engine.task_resources, run.config.device)
+    with connected(settings, run.config.profiles, run.progress) as cluster:
+        yield cluster

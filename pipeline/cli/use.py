@@ -108,10 +108,15 @@ def select(
         manifest = read_manifest(run_folder)
         tier = choose(manifest, limits, device)
         if tier is None:
-            for metric in limits:
-                best = nearest(manifest, metric, device)
-                least = format_value(metric, best["measured"][metric])
-                typer.echo(f"nothing fits; the least {metric} is {least} (tier {best['name']})", err=True)
+            least = {metric: nearest(manifest, metric, device) for metric in limits}
+            beyond = [metric for metric in limits if least[metric]["measured"][metric] > limits[metric]]
+            for metric in beyond:
+                value = format_value(metric, least[metric]["measured"][metric])
+                typer.echo(
+                    f"nothing fits; the least {metric} is {value} (tier {least[metric]['name']})", err=True
+                )
+            if not beyond:
+                typer.echo("nothing fits: some tier keeps each limit, and none keeps all of them", err=True)
             raise typer.Exit(1)
         path = run_folder / tier["answer"]
         typer.echo(json.dumps({"path": str(path), **tier}) if as_json else str(path))

@@ -48,7 +48,7 @@ def flags_of(**flags: object) -> Json:
 def described(file: Path | None, flags: Json, settings: Sequence[str] | None, out: Path | None) -> Wanted:
     """The run as the file, `flags_of` and `--set`s describe it. Without a file, flags change the run that is
     in folder `out`; where nothing was made from it yet, flags that name images describe another."""
-    from pipeline.config import read_config
+    from pipeline.config import DEFAULTS, read_config
     from pipeline.run import described_run, is_begun
 
     settings = settings or []
@@ -61,8 +61,10 @@ def described(file: Path | None, flags: Json, settings: Sequence[str] | None, ou
         said, where = (found, [str(out)]) if found is not None else (said, where)
     for key, value in flags.items():
         section = said.get(key)
-        same = isinstance(section, dict) and section.get("name") == value
-        said[key] = section if same else value
+        if isinstance(section, dict) and section.get("name", DEFAULTS[key]) == value:
+            said[key] = {**section, "name": value}
+        else:
+            said[key] = value
     for setting in settings:
         _assign(said, setting)
     if flags or settings or not where:
@@ -77,21 +79,19 @@ def _assign(said: Json, setting: str) -> None:
     keys = path.split(".")
     if not equals or not all(keys):
         raise ConfigError(f"--set {setting}: expected KEY=VALUE such as retrain.epochs=5")
+    if keys[0] == "profiles" and len(keys) > 1:
+        raise ConfigError(
+            f"--set {setting}: a profile's settings stand in its YAML file: copy one from profiles/, change "
+            "it, and name it with --profile"
+        )
     section = said
     for key in keys[:-1]:
         inner = section.get(key)
         if not isinstance(inner, dict | str | None):
             raise ConfigError(f"--set {setting}: '{key}' is {inner!r}, which has no settings of its own")
-        section[key] = {"name": inner} if isinstance(inner, str) else dict(inner or _default_section(key))
+        section[key] = {"name": inner} if isinstance(inner, str) else dict(inner or {})
         section = section[key]
     try:
         section[keys[-1]] = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # such as the date 2024-13-45
         raise ConfigError(f"--set {setting}: '{text}' is not a YAML value") from None
-
-
-def _default_section(key: str) -> Json:
-    from pipeline.config import DEFAULTS
-
-    default = DEFAULTS.get(key, {})
-    return {"name": default} if isinstance(default, str) else {}

@@ -68,7 +68,7 @@ def _check_feasible(tier: Tier, space: SearchSpace, table: CostTable) -> None:
             raise InfeasibleBudget(
                 f"tier '{tier.key}': {limit.metric} of at most {_shown(limit)} was asked, and no network of "
                 f"space {space.name} is below {reachable}; ask for at least that, or take a smaller space "
-                "or input"
+                "(mbconv: space.size) or input"
             )
     asked = " and ".join(f"{limit.metric} of at most {_shown(limit)}" for limit in tier.limits)
     came = " with ".join(format_value(limit.metric, nearest[limit.metric]) for limit in tier.limits)

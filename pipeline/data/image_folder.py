@@ -241,12 +241,13 @@ def _common_size(headers: Headers, root: Path) -> int:
     if len(sizes) > 1:
         raise DataError(
             f"{root}: images have {len(sizes)} different sizes (most often {width}×{height}, {count} of "
-            f"{len(headers.width_N)}); set image_size to resize and cut them all to one square"
+            f"{len(headers.width_N)}); set data.image_size (--set data.image_size=64) to resize and cut them "
+            "all to one square"
         )
     if width != height:
         raise DataError(
-            f"{root}: images are {width}×{height}, but networks take squares; set image_size to resize "
-            "and cut them"
+            f"{root}: images are {width}×{height}, but networks take squares; set data.image_size "
+            "(--set data.image_size=64) to resize and cut them"
         )
     return width
 

@@ -296,6 +296,10 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a key must be a plain word", key.start_mark
+                )
             if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key '{key.value}' is there twice", key.start_mark
@@ -312,7 +316,7 @@ def read_strict_yaml(path: Path, error: type[ConfigError] = ConfigError) -> Any:
         raise error(f"{path}: cannot be read ({failure.strerror or failure})") from None
     except UnicodeDecodeError:
         raise error(f"{path}: is not text in UTF-8") from None
-    except yaml.YAMLError as failure:
+    except (yaml.YAMLError, ValueError) as failure:  # ValueError: such as the date 2024-13-45
         mark = getattr(failure, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark else ""
         raise error(f"{path}: {line}{getattr(failure, 'problem', None) or failure}") from None

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, PlainSerializer, ValidationError
 
 from pipeline.artifacts import inside, read_json, sha256_file, write_json
-from pipeline.errors import BudgetMissed, CorruptArtifact
+from pipeline.errors import BudgetMissed, CorruptArtifact, RunFolderError
 from pipeline.settings import whole_if_it_is
 from pipeline.types import Arch, Json, LatencyRecord, Tier
 
@@ -475,12 +475,14 @@ def read_manifest(run: Path) -> Json:
 
     Raises RunFolderError when there is none, CorruptArtifact when it cannot be trusted."""
     path = run / MANIFEST
-    manifest = read_json(path)
+    if not path.is_file():
+        raise RunFolderError(_no_manifest(run))
+    manifest = read_json(path, remedy=f"make it again with `budgetline report --out {run}`")
     number = manifest.get("schema") if isinstance(manifest, dict) else None
     if number != MANIFEST_SCHEMA:
         raise CorruptArtifact(
             f"{path}: 'schema' is {number!r}, this version of budgetline reads {MANIFEST_SCHEMA}; "
-            "make the manifest again (budgetline report), or install the version that wrote it"
+            "make the manifest again (`budgetline report --out RUN`), or install the version that wrote it"
         )
     _check_schema(manifest, str(path))
     _check_coherent(manifest, str(path))
@@ -490,6 +492,16 @@ def read_manifest(run: Path) -> Json:
         except CorruptArtifact as outside:
             raise CorruptArtifact(f"{path}: '{field}': {outside}") from None
     return dict(manifest)
+
+
+def _no_manifest(run: Path) -> str:
+    if not run.is_dir():
+        return f"{run}: no such folder; `budgetline list` shows the finished runs"
+    if (run / "run.yaml").is_file():
+        return f"{run}: this run is not finished; go on with `budgetline run --out {run}`"
+    return (
+        f"{run}: holds no finished run ({MANIFEST} is not there); `budgetline list` shows the finished runs"
+    )
 
 
 def _paths(manifest: Json) -> Iterator[tuple[str, str]]:

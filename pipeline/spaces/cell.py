@@ -120,7 +120,7 @@ class CellSpace:
         if height != width or height < 8:
             raise ConfigError(
                 f"space cell takes square images of 8×8 pixels or more, not {height}×{width}; "
-                "set data image_size"
+                "set data.image_size"
             )
         self.settings = settings or CellSettings()
         self.image_shape = image_shape

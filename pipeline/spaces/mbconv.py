@@ -182,10 +182,10 @@ class MBConvSpace:
         if not 8 <= min(height, width) <= max(height, width) <= 512:
             raise ConfigError(
                 f"space mbconv takes images of 8×8 to 512×512 pixels, not {height}×{width}; "
-                "set data image_size"
+                "set data.image_size"
             )
         if height != width:
-            raise ConfigError(f"space mbconv takes square images, not {height}×{width}; set data image_size")
+            raise ConfigError(f"space mbconv takes square images, not {height}×{width}; set data.image_size")
         self.settings = settings or MBConvSettings()
         self.image_shape = image_shape
         self.num_classes = num_classes

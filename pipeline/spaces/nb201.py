@@ -159,7 +159,7 @@ class NB201Space:
         if height != width or height < 8:
             raise ConfigError(
                 f"space nb201 takes square images of 8×8 pixels or more, not {height}×{width}; "
-                "set data image_size"
+                "set data.image_size"
             )
         self.settings = settings or NB201Settings()
         self.image_shape = image_shape

@@ -53,7 +53,7 @@ def inputs_of_search(run: Run) -> dict[str, str]:
 def _inputs_of_derive(run: Run, tier: Tier) -> dict[str, str]:
     return {
         "search": hash_of_record(run, search_path(run), "search"),
-        "derive": sha256_json(run.config.derive.model_dump()),
+        "derive": sha256_json(run.config.derive.model_dump(exclude={"attempts"})),  # may be raised later
         **inputs_of_misses(run, tier),
     }
 

@@ -12,16 +12,15 @@ from pipeline.costs.table import LATENCY
 from pipeline.devices.kit import Waiting
 from pipeline.devices.profile import DeviceProfile
 from pipeline.errors import BudgetMissed, NetworkRefused
-from pipeline.run import Run
+from pipeline.run import RUN_FILE, Run
 from pipeline.stages.lineage import current_record, inputs_of_tier
-from pipeline.stages.misses import can_choose_again, give_up
+from pipeline.stages.misses import attempts_left, give_up, was_misjudged
 from pipeline.stages.networks import fresh_network
 from pipeline.stages.records import (
     arch_of,
     chosen_tiers,
     onnx_path,
     record_of,
-    record_path,
     timed_role,
     write_record,
 )
@@ -153,13 +152,19 @@ def _give_up_or_advise(
             "takes is known now"
         )
     shipped = latencies[profile.timed_precision]
-    if metric == LATENCY and shipped is not None and can_choose_again(run, tier, shipped.latency_ms):
-        give_up(run, tier, shipped.latency_ms)
-        return NetworkRefused, "`derive` and what follows choose and train another network"
-    return BudgetMissed, (
-        "if the machine was busy run the same command again, else remove "
-        f"{record_path(run, tier, 'derive')} and raise derive.guard"
-    )
+    if metric != LATENCY or shipped is None:
+        return BudgetMissed, f"remove the folder {run.tier_path(tier)} and run the same command again"
+    if not was_misjudged(run, tier, shipped.latency_ms):
+        return BudgetMissed, (
+            "no network is misjudged by that much: run the same command again when the machine is idle"
+        )
+    if not attempts_left(run, tier):
+        return BudgetMissed, (
+            "if the machine was busy run the same command again, else raise derive.attempts (it is "
+            f"{run.config.derive.attempts}) in {run.folder.path(RUN_FILE)}: then another network is chosen"
+        )
+    give_up(run, tier, shipped.latency_ms)
+    return NetworkRefused, "`derive` and what follows choose and train another network"
 
 
 def _timed_file(run: Run, tier: Tier, precision: str) -> Path:

@@ -45,13 +45,16 @@ def stricter(run: Run, tier: Tier) -> Tier:
     return replace(tier, limits=limits)
 
 
-def can_choose_again(run: Run, tier: Tier, shipped_ms: float) -> bool:
-    """Whether the network was misjudged, rather than disturbed, and attempts are left. `shipped_ms` is what
-    its file takes in the precision that it was chosen in."""
+def was_misjudged(run: Run, tier: Tier, shipped_ms: float) -> bool:
+    """Whether the network, rather than a disturbed machine, is over the budget. `shipped_ms` is what its file
+    takes in the precision that it was chosen in."""
     timed = record_of(run, tier, "derive")["timed"]
-    attempts_left = len(misses_of(run, tier)) + 1 < run.config.derive.attempts
     missed_by = shipped_ms / tier.budgets[LATENCY] - 1
-    return timed is not None and attempts_left and 0 < missed_by <= MOST
+    return timed is not None and 0 < missed_by <= MOST
+
+
+def attempts_left(run: Run, tier: Tier) -> bool:
+    return len(misses_of(run, tier)) + 1 < run.config.derive.attempts
 
 
 def give_up(run: Run, tier: Tier, shipped_ms: float) -> None:

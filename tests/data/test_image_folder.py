@@ -85,7 +85,9 @@ def test_sixteen_bit_grey_alone_stays_grey(make_folder: MakeFolder) -> None:
 def test_mixed_sizes_need_image_size(make_folder: MakeFolder) -> None:
     folder = make_folder()
     Image.new("RGB", (40, 20)).save(folder / "cat" / "0.png")
-    with pytest.raises(DataError, match=r"2 different sizes .most often 12×12, 9 of 10.; set image_size"):
+    with pytest.raises(
+        DataError, match=r"2 different sizes .most often 12×12, 9 of 10.; set data.image_size"
+    ):
         load(folder)
     assert load(folder, image_size=16).image_shape == (3, 16, 16)
 
@@ -118,7 +120,7 @@ def test_large_jpegs_are_reduced(make_folder: MakeFolder) -> None:
 
 
 def test_oblong_images_need_image_size(make_folder: MakeFolder) -> None:
-    with pytest.raises(DataError, match="images are 20×12, but networks take squares; set image_size"):
+    with pytest.raises(DataError, match="images are 20×12, but networks take squares; set data.image_size"):
         load(make_folder(size=(20, 12)))
 
 

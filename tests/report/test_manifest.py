@@ -154,7 +154,19 @@ def test_another_schema_says_what_to_do(tmp_path: Path) -> None:
 
 
 def test_no_manifest(tmp_path: Path) -> None:
-    with pytest.raises(RunFolderError, match="not there"):
+    """What to do depends on what there is."""
+    with pytest.raises(RunFolderError, match="absent: no such folder; `budgetline list`"):
+        read_manifest(tmp_path / "absent")
+    with pytest.raises(RunFolderError, match="holds no finished run"):
+        read_manifest(tmp_path)
+    (tmp_path / "run.yaml").touch()
+    with pytest.raises(RunFolderError, match="is not finished; go on with `budgetline run --out"):
+        read_manifest(tmp_path)
+
+
+def test_a_broken_manifest_can_be_made_again(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).write_text("{")
+    with pytest.raises(CorruptArtifact, match=f"make it again with `budgetline report --out {tmp_path}`"):
         read_manifest(tmp_path)
 
 

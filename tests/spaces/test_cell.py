@@ -359,7 +359,7 @@ def test_enas_has_no_mixtures(use: Callable[[CellSpace], object]) -> None:
 
 @pytest.mark.parametrize("shape", [(3, 32, 16), (3, 7, 7)])
 def test_image_sizes_that_do_not_fit_are_refused(shape: tuple[int, int, int]) -> None:
-    with pytest.raises(ConfigError, match="square images of 8×8 pixels or more, not .*; set data image_size"):
+    with pytest.raises(ConfigError, match="square images of 8×8 pixels or more, not .*; set data.image_size"):
         CellSpace(shape, 10)
 
 

@@ -331,7 +331,7 @@ def test_latency_terms_tell_pools_apart_and_leave_folded_norms_out(space: NB201S
 
 @pytest.mark.parametrize("shape", [(3, 32, 16), (3, 7, 7)])
 def test_image_sizes_that_do_not_fit_are_refused(shape: tuple[int, int, int]) -> None:
-    with pytest.raises(ConfigError, match="square images of 8×8 pixels or more, not .*; set data image_size"):
+    with pytest.raises(ConfigError, match="square images of 8×8 pixels or more, not .*; set data.image_size"):
         NB201Space(shape, 10)
 
 
