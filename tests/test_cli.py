@@ -78,7 +78,7 @@ def test_examples_are_lines_that_parse(command: str) -> None:
 
 
 def test_help_answers_at_once() -> None:
-    """Seconds of processor time, since others may be at work on this machine: the least of three tries."""
+    """Seconds of processor time, since others may be at work on this machine: one try of three is enough."""
 
     def seconds() -> float:
         process = os.posix_spawn(
@@ -91,7 +91,7 @@ def test_help_answers_at_once() -> None:
         assert status == 0
         return usage.ru_utime + usage.ru_stime
 
-    assert min(seconds() for _ in range(3)) < 0.5
+    assert any(seconds() < 0.5 for _ in range(3))
 
 
 def test_version(cli: Cli) -> None:

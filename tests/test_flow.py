@@ -388,12 +388,16 @@ def test_a_tier_keeps_its_latency_on_the_device_or_is_not_shipped(
     assert outcome.code == 2 and outcome.crash is None
     assert "BudgetMissed: tier cpu/m: latency_ms is" in outcome.err and "not shipped" in outcome.err
     assert not (root / "manifest.json").exists() and not (root / "cpu" / "m" / "measure.json").exists()
+    assert "when the machine is idle" in outcome.err, "no network is misjudged by so much"
+    chosen = (root / "cpu" / "m" / "arch.json").read_text()
     shipped = [name for name in stopwatch.timed if name.startswith("model")]
     assert shipped == ["model.batch1.onnx"] * 2 * bench.SHIPPED_PROCESSES, "over budget: once more, no more"
 
     stopwatch.factor = 1.0
     outcome = cli("run", described, "--out", root)
     assert outcome.code == 0, outcome
+    assert (root / "cpu" / "m" / "arch.json").read_text() == chosen
+    assert not (root / "cpu" / "m" / "misses.json").exists()
     [tier] = manifest_of(root)["tiers"]
     assert tier["answer"] == "cpu/m/model.batch1.onnx"
     assert tier["measured"]["latency_ms"] == known_ms(root / tier["answer"]) <= tier["budgets"]["latency_ms"]
@@ -510,19 +514,6 @@ def test_the_last_attempt_s_network_is_refused_for_good(
     assert outcome.code == 2 and "NetworkRefused: tier cpu/m" in outcome.err, outcome
     assert cli("run", "--out", root).code == 0
     assert (root / "cpu" / "m" / "arch.json").read_text() != refused
-
-
-def test_a_disturbed_machine_gives_no_network_up(cli: Cli, stopwatch: Stopwatch, tmp_path: Path) -> None:
-    described, root = latency_yaml(tmp_path, [{"name": "m", "limits": {"latency": "50 %"}}]), tmp_path / "run"
-    stopwatch.factor = 1.5
-    outcome = cli("run", described, "--out", root)
-    assert outcome.code == 2 and "BudgetMissed" in outcome.err, outcome
-    assert "when the machine is idle" in outcome.err
-    chosen = root / "cpu" / "m" / "arch.json"
-    kept = chosen.read_text()
-    stopwatch.factor = 1.0
-    assert cli("run", "--out", root).code == 0
-    assert chosen.read_text() == kept and not (root / "cpu" / "m" / "misses.json").exists()
 
 
 def test_a_whole_run_on_this_machine_s_cpu(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -224,7 +224,7 @@ def fit_all(archs: list[Arch], cases: dict[str, Json]) -> dict[str, tuple[Arrays
 
 
 CASES: dict[str, Json] = {
-    "distilled": {"steps": 8},
+    "distilled": {"steps": 5},
     "from labels": {"steps": 2, "distillation": 0.0},
 }
 
@@ -345,9 +345,8 @@ def same_search(found: Json, wanted: Json) -> None:
         np.testing.assert_array_equal(found["weights"][name], value, err_msg=name)
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_ranks_search_as_one_process_does(size: int, searched: Json, tmp_path: Path) -> None:
-    answers = values(on_ranks(search_together, size, str(tmp_path)))
+def test_ranks_search_as_one_process_does(searched: Json, tmp_path: Path) -> None:
+    answers = values(on_ranks(search_together, 4, str(tmp_path)))
     for answer in answers:
         same_search(answer, searched)
         assert answer["trace"] == searched["trace"]
@@ -359,7 +358,9 @@ def test_a_search_that_lost_a_rank_goes_on_with_another_number(searched: Json, t
     assert (first.error, second, third.error) == ("RankLost", KILLED, "RankLost")
     answers = values(on_ranks(search_together, 2, str(tmp_path)))
     for answer in answers:
-        assert 5 <= answer["trace"][0]["iteration"] <= 8, "from the checkpoint, not from the start"
+        first_again = answer["trace"][0]["iteration"]
+        assert 5 <= first_again <= 8, "from the checkpoint, not from the start"
+        assert answer["trace"] == searched["trace"][-len(answer["trace"]) :]
         same_search(answer, searched)
 
 
@@ -494,11 +495,10 @@ def train_together(which: str, folder: str, die_at: int | None = None) -> Json:
         return train(ranks, network, recipe, FileCheckpoint(Path(folder, f"{ranks.rank}.npz")))
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_ranks_train_as_one_process_does(size: int, tmp_path: Path) -> None:
+def test_ranks_train_as_one_process_does(tmp_path: Path) -> None:
     """Batches of 30 over 4 ranks are 7, 8, 7 and 8 images."""
     wanted = train(ALONE, plain_network())
-    answers = values(on_ranks(train_together, size, "plain", str(tmp_path)))
+    answers = values(on_ranks(train_together, 4, "plain", str(tmp_path)))
     for answer in answers:
         for name, value in wanted["weights"].items():
             np.testing.assert_allclose(answer["weights"][name], value, atol=1e-5, err_msg=name)
@@ -604,7 +604,7 @@ def test_under_torchrun_what_one_process_does_is_refused_once(tmp_path: Path) ->
         [*torchrun, "-m", "pipeline", "export", "--out", str(tmp_path)],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "BUDGETLINE_NO_TUNING": "1"},
     )
     assert done.returncode == 1
     assert done.stderr.count("ConfigError: export is done by one process, and torchrun started 2") == 1

@@ -26,6 +26,7 @@ TINY: dict[str, Any] = {
     "derive": {"trial_epochs": 1, "samples": 50, "rescored": 4, "best": 1},
     "retrain": {"epochs": 1},
     "export": {"parity_images": 20, "samples": 2},
+    "robustness": {"images": 40},
 }
 """Two tiers by what can be counted; 160 images to train on."""
 

@@ -110,7 +110,7 @@ def test_skeleton_runs_at_the_speed_of_the_file_that_ships(
         blocks = np.array([[block_ms(session) for session in sessions] for _ in range(30)]).min(axis=0)
         return float(abs(blocks[0] / blocks[1] - 1))
 
-    assert min(apart() for _ in range(3)) < 0.05
+    assert any(apart() < 0.05 for _ in range(3))
 
 
 def test_file_holds_exactly_the_weights_that_are_counted(static_file: Path) -> None:

@@ -200,15 +200,28 @@ RECIPES = {
 }
 
 
+@pytest.fixture(scope="module")
+def uninterrupted() -> dict[str, tuple[nn.Module, TrainRecord]]:
+    """By the name of the recipe: the network as it was trained in one go, and its record."""
+    return {}
+
+
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("saves", [1, 4, 5, 6, 14, 15])
 def test_a_killed_run_ends_with_the_same_bits(
-    toy_network: MakeNetwork, task: ImageTask, name: str, saves: int
+    toy_network: MakeNetwork,
+    task: ImageTask,
+    uninterrupted: dict[str, tuple[nn.Module, TrainRecord]],
+    name: str,
+    saves: int,
 ) -> None:
     recipe = RECIPES[name]
     teacher = toy_network(9) if recipe.distil else None
-    straight, resumed = toy_network(), toy_network()
-    expected = train(straight, task, recipe, teacher=teacher)
+    resumed = toy_network()
+    if name not in uninterrupted:
+        network = toy_network()
+        uninterrupted[name] = network, train(network, task, recipe, teacher=teacher)
+    straight, expected = uninterrupted[name]
     checkpoint = _Memory(kill_after=saves)
     with pytest.raises(_Killed):
         train(toy_network(), task, recipe, teacher=teacher, checkpoint=checkpoint)
