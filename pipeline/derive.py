@@ -65,6 +65,11 @@ class DeriveSettings(Settings):
     def _a_band(self) -> DeriveSettings:
         if self.low >= self.high:
             raise ValueError(f"low ({self.low:g}) must be below high ({self.high:g}); set both")
+        if self.high > 1 - self.guard + 1e-9:
+            raise ValueError(
+                f"high ({self.high:g}) aims at networks that leave less free than guard ({self.guard:g}) "
+                f"asks for; set high to {1 - self.guard:g} or less, and low and least below it"
+            )
         return self
 
 

@@ -6,7 +6,8 @@ import itertools
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ from pipeline.devices.session import RuntimeSettings
 from pipeline.errors import MeasurementError
 from pipeline.progress import Silent
 from pipeline.report.manifest import read_manifest
+from pipeline.stages import derive as derive_module
+from pipeline.stages.lineage import inputs_of_tier
+from pipeline.stages.misses import misses_of
 from pipeline.stages.records import TIER_RECORDS
 from pipeline.types import Json, LatencyRecord
 
@@ -270,6 +274,17 @@ def test_a_stage_before_its_turn_says_what_comes_first(
     assert f"{copied / gone}: not there; run `budgetline {first} --out {copied}` first" in outcome.err
 
 
+def test_records_are_of_the_device_as_it_was_measured_and_of_the_operator_set(finished: Path) -> None:
+    run = run_module.open_run(finished, None, Silent())
+    [profile], tier = run.config.profiles, run.tiers[0]
+    measured = inputs_of_tier(run, tier, "measure")
+    assert measured["costs of the device"] == sha256_file(finished / "costs" / f"{DEVICE}.json")
+    exported = inputs_of_tier(run, tier, "export")
+    newer = profile.model_copy(update={"opset": profile.opset + 1})
+    run.config = replace(run.config, profiles=(newer,))
+    assert inputs_of_tier(run, tier, "export") != exported
+
+
 def test_brief_trainings_are_paid_for_once(cli: Cli, copied: Path) -> None:
     arch = json.loads((copied / DEVICE / "l" / "arch.json").read_text())["arch"]
     before = {name: when for name, when in written(copied).items() if "trials" in name}
@@ -282,20 +297,34 @@ def test_brief_trainings_are_paid_for_once(cli: Cli, copied: Path) -> None:
 def test_trials_belong_to_the_search_whose_weights_they_start_from(cli: Cli, copied: Path) -> None:
     """Fresh weights owe nothing to a search, and lead elsewhere."""
 
-    def trials() -> dict[str, Json]:
-        return {path.name: json.loads(path.read_text()) for path in copied.glob("search/trials/*.json")}
+    def trials() -> dict[Path, Json]:
+        return {path: json.loads(path.read_text()) for path in copied.glob("search/trials/*.json")}
+
+    def accuracy(records: dict[Path, Json]) -> dict[str, float]:
+        return {json.dumps(record["arch"]): record["accuracy"] for record in records.values()}
 
     of_search = trials()
     assert of_search and all("search" in record["inputs"] for record in of_search.values())
-    for path in [*copied.glob("search/trials/*"), *copied.glob(f"{DEVICE}/*/arch.json")]:
+    for path in copied.glob(f"{DEVICE}/*/arch.json"):
         path.unlink()
     rewrite(copied, derive={**TINY["derive"], "trial_start": "scratch"})
     outcome = cli("derive", "--out", copied)
     assert outcome.code == 0, outcome
-    fresh = trials()
+    fresh = {path: record for path, record in trials().items() if path not in of_search}
     assert fresh and not any("search" in record["inputs"] for record in fresh.values())
-    both = fresh.keys() & of_search.keys()
-    assert any(fresh[name]["accuracy"] != of_search[name]["accuracy"] for name in both)
+    before, now = accuracy(of_search), accuracy(fresh)
+    assert any(before[arch] != now[arch] for arch in before.keys() & now.keys())
+
+
+def test_the_best_that_the_search_has_seen_comes_first_in_the_pool(finished: Path) -> None:
+    """Of a band with more networks than can be looked at the first ones are."""
+    run = run_module.open_run(finished, None, Silent())
+    candidates = json.loads((finished / "search" / "result.json").read_text())["candidates"]
+    choices, _, _ = min(candidates, key=lambda candidate: candidate[1])
+    pool = derive_module._candidate_pool(run)
+    assert pool[0].choices == tuple(choices)
+    assert {tuple(seen) for seen, _, _ in candidates} <= {arch.choices for arch in pool}
+    assert len(set(pool)) == len(pool)
 
 
 def test_the_largest_tier_is_trained_first_and_teaches(cli: Cli, copied: Path) -> None:
@@ -338,6 +367,7 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.factor = 1.0
+        self.slows: Callable[[Path], bool] = lambda path: path.name.startswith("model")
         self.timed: list[str] = []
 
     def __call__(
@@ -355,7 +385,7 @@ class Stopwatch:
         return [self._record(path, context) for path in models]
 
     def _record(self, path: Path, context: Json) -> LatencyRecord:
-        ms = known_ms(path) * (self.factor if path.name.startswith("model") else 1.0)
+        ms = known_ms(path) * (self.factor if self.slows(path) else 1.0)
         return LatencyRecord(ms, ms, 1.1 * ms, 0.01, 50, 5, 0, 2 * ms, 1.0, sha256_file(path), context)
 
 
@@ -487,11 +517,33 @@ def test_a_network_that_ships_slower_than_it_was_chosen_for_makes_room_for_anoth
     assert miss["shipped_ms"] > refused["budgets"]["latency_ms"]
     assert miss["key"] != json.loads((folder / "arch.json").read_text())["key"]
     assert not (root / "cpu" / "l" / "misses.json").exists() and "latency_ms" not in untouched["budgets"]
+    run = run_module.open_run(root, None, Silent())
+    assert [found["key"] for found in misses_of(run, run.tiers[0])] == [miss["key"]]
     last_training = json.loads((folder / "train.json").read_text())["seconds"]
     others = json.loads((root / "cpu" / "l" / "train.json").read_text())["seconds"]
     assert manifest["stages"]["retrain"] == pytest.approx(
         last_training + others + miss["seconds"]["retrain"], abs=0.01
     ), "what was given up was paid for"
+    assert cli("run", described, "--out", root).code == 0, "done is done"
+    costs = root / "costs" / "cpu.json"
+    costs.write_text(costs.read_text() + "\n")
+    assert not misses_of(run, run.tiers[0]), "nor does a device that was measured again hold them against it"
+
+
+def test_what_a_refused_network_taught_is_trained_again(
+    cli: Cli, stopwatch: Stopwatch, tmp_path: Path
+) -> None:
+    tiers = [{"name": name, "limits": {"latency": f"{share} %"}} for name, share in (("m", 40), ("l", 70))]
+    recipe = {"epochs": 1, "distil": {"weight": 0.5}}
+    described, root = latency_yaml(tmp_path, tiers, retrain=recipe), tmp_path / "run"
+    stopwatch.factor, stopwatch.slows = 1.06, lambda path: "l" in path.parts and path.name.startswith("model")
+    outcome = cli("run", described, "--out", root)
+    assert outcome.code == 0, outcome
+    [miss] = json.loads((root / "cpu" / "l" / "misses.json").read_text())
+    teacher = json.loads((root / "cpu" / "l" / "arch.json").read_text())["key"]
+    taught_by = json.loads((root / "cpu" / "m" / "train.json").read_text())["inputs"]["teacher"]
+    assert taught_by == teacher != miss["key"]
+    assert "cpu/m: its teacher's network was refused, so it is trained again" in outcome.err
     assert cli("run", described, "--out", root).code == 0, "done is done"
 
 

@@ -72,5 +72,10 @@ def test_a_network_that_tiers_share_is_trained_once(
     twins = [root / name / "weights.safetensors" for name in ("phone/only", "board/l")]
     assert sha256_file(twins[0]) == sha256_file(twins[1])
     records = [json.loads((twin.parent / "train.json").read_text()) for twin in twins]
+    (root / "phone" / "only" / "train.json").unlink()
+    lost, whole = twins[1], twins[1].read_bytes()
+    lost.unlink()
+    assert cli("retrain", "--out", root).code == 0 and trained[2:] == ["phone/only"], "nobody to take it from"
+    lost.write_bytes(whole)
     assert sorted(record["seconds"] > 0 for record in records) == [False, True]
     assert records[0]["sha256"] == records[1]["sha256"] and records[0]["accuracy"] == records[1]["accuracy"]

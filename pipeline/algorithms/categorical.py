@@ -80,10 +80,10 @@ def quantile_utility(values_N: FloatArray, weights_N: FloatArray, share: float =
     """Weight × utility of each sample, shape (N,), lower values being better; sums to 0.
 
     Samples line up by value along [0, 1], each as wide as its share of the weight; the best `share` of that
-    line is worth +1/share, the worst −1/share. `share` is rounded up to whole samples of equal weight, so
-    equal weights give ASNG's utility. Equal values split what their stretch is worth by weight; all equal
-    give 0."""
-    num_samples = len(values_N)
+    line is worth +1/share, the worst −1/share. `share` is rounded up to whole samples of those that weigh
+    anything, so equal weights give ASNG's utility. Equal values split what their stretch is worth by weight;
+    all equal give 0."""
+    num_samples = np.count_nonzero(weights_N)
     share = np.ceil(share * num_samples) / num_samples
     _, block_N = np.unique(values_N, return_inverse=True)
     mass_B = np.bincount(block_N, weights_N) / weights_N.sum()

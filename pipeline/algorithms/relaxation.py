@@ -281,7 +281,8 @@ def fit_linear_cost(
     x_ND, y_NL = x_ND - x_ND.mean(axis=0), y_NL - y_NL.mean(axis=0)
     ridge_DD = 1e-6 * len(x_ND) * np.eye(x_ND.shape[1])  # edges' rows sum alike: the least weights are taken
     weight_DL = np.linalg.solve(x_ND.T @ x_ND + ridge_DD, x_ND.T @ y_NL)
-    weight_LEO = weight_DL.T.reshape(-1, *mix_EO.shape)
+    # contiguous, as it is after a checkpoint: sums over it depend on the order in memory, to the last bit
+    weight_LEO = np.ascontiguousarray(weight_DL.T).reshape(-1, *mix_EO.shape)
     there_EO = (drawn_NEO.sum(axis=0) + other_NEO.sum(axis=0)) > 0
     kept_EO = there_EO * drawn_NEO.sum(axis=2).mean(axis=0)[:, None]
     if (drawn_NEO.sum(axis=2) == 1).all():

@@ -1,8 +1,7 @@
 """One independent ASNG run per tier, side by side: what `importance` is compared with.
 
-Y. Akimoto et al., 2019, arXiv 1905.08537. Every tier learns from its own samples only; budgets (or
-coefficients) are handled as in `importance` with `guide: weights`, and the evaluations are shared out
-equally.
+Y. Akimoto et al., 2019, arXiv 1905.08537. Every tier learns from its own samples only; budgets are
+handled as in `importance` with `guide: weights`, and the evaluations are shared out equally.
 """
 
 from __future__ import annotations

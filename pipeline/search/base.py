@@ -210,7 +210,9 @@ class _Search(Generic[State]):
         choices_NS = self.sampler.ask(self.state, self.rng(STAGE_ASK))
         archs = self.problem.archs(choices_NS)
         record: Json = {"iteration": self.iteration, "stage": "search"}
-        if self.problem.evaluator.trains and self.problem.train_in_search:
+        planned = self.problem.warm_up + math.ceil(self.problem.evaluations / len(archs))
+        if self.problem.evaluator.trains and self.problem.train_in_search and self.iteration < planned:
+            # repeats cost no evaluation: there may be more iterations than the learning rate is laid out for
             record["fit_loss"] = self._fit(archs[: self.problem.fit_samples])
         known = self._evaluate(archs)
         record["evaluations"] = self.evaluations

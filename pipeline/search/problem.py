@@ -178,7 +178,8 @@ class SearchProblem:
         """R(a)/R_max per tier, shape (N, K): R is the tier's first limited metric, R_max its largest in the
         space.
 
-        Where costs are not additive, R_max is the largest of 2,000 random architectures."""
+        Where costs are not additive, R_max is the largest of 2,000 random architectures and the
+        space's largest one."""
         columns = []
         for tier in self.tiers:
             metric = tier.limits[0].metric
@@ -197,6 +198,8 @@ class SearchProblem:
             return float(np.nanmax(table.additive[table.metrics.index(metric)], axis=1).sum())
         rng = np.random.default_rng([self.seed, STAGE_POOL, 1])
         archs = self.archs(evolution.random_choices(self.sizes, 2_000, rng))
+        largest = getattr(self.space, "largest", None)  # of a table nobody says which that is
+        archs += [largest] if largest is not None else []
         return float(self._cost(device, metric, archs).max())
 
 

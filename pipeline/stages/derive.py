@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
-from pipeline.artifacts import FileCheckpoint
+from pipeline.artifacts import FileCheckpoint, sha256_json
 from pipeline.costs.budgets import usage_of_budgets
 from pipeline.costs.table import LATENCY, CautiousCosts
 from pipeline.derive import Deriver, Remembered, Usage
@@ -138,20 +140,23 @@ def _usage_within(costs: CostTable, tier: Tier, counts: Callable[[str], bool]) -
 
 
 def _candidate_pool(run: Run) -> list[Arch]:
-    """What the search has seen, what its distributions or mixtures would draw, and the uniform members."""
+    """What the search has seen, the best first, in turn with what its distributions or mixtures would draw;
+    then the uniform members. Of a band with more than can be looked at the first are."""
     record = search_record(run)
     name, settings = run.space.name, run.config.derive
-    pool = [Arch(name, tuple(choices)) for choices, _, _ in record["candidates"]]
+    seen = [Arch(name, tuple(choices)) for choices, _, _ in sorted(record["candidates"], key=itemgetter(1))]
     rng = np.random.default_rng([run.config.seed, 101])
+    drawn: list[Arch] = []
     for mix_EO in record["mixes"] or []:
-        pool += drawn_beside(cast(RelaxedSpace, run.space), np.array(mix_EO), settings.samples, rng)
+        drawn += drawn_beside(cast(RelaxedSpace, run.space), np.array(mix_EO), settings.samples, rng)
     for theta_SC in [] if record["mixes"] else record["theta"] or []:
         columns = [
             rng.choice(len(slot.choices), size=settings.samples, p=_simplex(theta_C[: len(slot.choices)]))
             for slot, theta_C in zip(run.space.slots, theta_SC, strict=True)
         ]
-        pool += [Arch(name, tuple(row)) for row in np.stack(columns, axis=1).tolist()]
-    pool += run.space.uniform()
+        drawn += [Arch(name, tuple(row)) for row in np.stack(columns, axis=1).tolist()]
+    in_turn = itertools.chain.from_iterable(itertools.zip_longest(seen, drawn))
+    pool = [*(arch for arch in in_turn if arch is not None), *run.space.uniform()]
     return list(dict.fromkeys(run.space.canonical(arch) for arch in pool))
 
 
@@ -170,11 +175,8 @@ def try_one(run: Run, job: Json) -> Json:
     once."""
     from pipeline.train.retrain import retrain
 
-    arch, recipe = Arch.from_json(job["arch"]), _trial_recipe(run)
+    arch, recipe, inputs = Arch.from_json(job["arch"]), _trial_recipe(run), _inputs_of_trials(run)
     path = _trial_path(run, arch)
-    inputs = {**run.input_hashes, "recipe": hash_of_recipe(run, recipe)}
-    if recipe.start == "supernet":
-        inputs["search"] = hash_of_record(run, search_path(run), "search")
     record = run.folder.read_record(path, inputs)
     if record is None:
         checkpoint = FileCheckpoint(path.with_suffix(".npz"))
@@ -205,8 +207,17 @@ def _read_by_trial(run: Run, job: Json) -> list[Path]:
     return reads
 
 
+def _inputs_of_trials(run: Run) -> dict[str, str]:
+    recipe = _trial_recipe(run)
+    inputs = {**run.input_hashes, "recipe": hash_of_recipe(run, recipe)}
+    if recipe.start == "supernet":
+        inputs["search"] = hash_of_record(run, search_path(run), "search")
+    return inputs
+
+
 def _trial_path(run: Run, arch: Arch) -> Path:
-    return run.folder.path("search", "trials", f"{arch.key}.json")
+    """Trials by another recipe, or from another supernet, are other trials, and those before stay."""
+    return run.folder.path("search", "trials", f"{arch.key}-{sha256_json(_inputs_of_trials(run))[:8]}.json")
 
 
 def _trial_recipe(run: Run) -> Recipe:

@@ -8,7 +8,7 @@ from pipeline.artifacts import sha256_json
 from pipeline.devices.profile import DeviceProfile
 from pipeline.run import Run
 from pipeline.stages.misses import inputs_of_misses
-from pipeline.stages.networks import hash_of_recipe
+from pipeline.stages.networks import hash_of_recipe, teacher_of
 from pipeline.stages.records import (
     arch_of,
     chosen_tiers,
@@ -59,18 +59,25 @@ def _inputs_of_derive(run: Run, tier: Tier) -> dict[str, str]:
 
 
 def _inputs_of_retrain(run: Run, tier: Tier) -> dict[str, str]:
-    return {
+    recipe = run.config.retrain
+    inputs = {
         **run.input_hashes,
         "architecture": arch_of(run, tier).key,
-        "recipe": hash_of_recipe(run, run.config.retrain),
+        "recipe": hash_of_recipe(run, recipe),
     }
+    if recipe.start == "supernet":
+        inputs["search"] = hash_of_record(run, search_path(run), "search")
+    teacher = teacher_of(run, tier)
+    if teacher is not None:
+        inputs["teacher"] = arch_of(run, teacher).key
+    return inputs
 
 
 def _inputs_of_export(run: Run, tier: Tier) -> dict[str, str]:
     profile = run.profile(tier.device)
     inputs = {
         "weights": record_of(run, tier, "retrain")["sha256"],
-        "export": sha256_json(run.config.export.model_dump()),
+        "export": sha256_json([run.config.export.model_dump(), profile.opset]),
         "robustness": sha256_json(run.config.robustness.model_dump(mode="json")),
     }
     if profile.precision != "fp32":
@@ -81,6 +88,7 @@ def _inputs_of_export(run: Run, tier: Tier) -> dict[str, str]:
 def _inputs_of_measure(run: Run, tier: Tier) -> dict[str, str]:
     export = record_of(run, tier, "export")
     inputs = {role: file["export"]["sha256"] for role, file in export["files"].items()}
+    inputs["costs of the device"] = hash_of_record(run, run.costs_path(tier.device), "profile")
     if lower := export.get("lower"):
         inputs |= {
             f"{role} in {lower['precision']}": file["export"]["sha256"]

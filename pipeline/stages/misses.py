@@ -9,24 +9,28 @@ MOST is a disturbed machine and no misjudged network: that is measured again, no
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import replace
 from pathlib import Path
 
 from pipeline.artifacts import read_json, sha256_json, write_json
 from pipeline.costs.table import LATENCY
 from pipeline.run import Run
-from pipeline.stages.records import record_of, record_path
+from pipeline.stages.records import hash_of_record, record_of, record_path
 from pipeline.types import Json, Tier
 
 MOST = 0.2
 
 
 def misses_of(run: Run, tier: Tier) -> list[Json]:
-    """The networks that were given up, oldest first: `key`, what it took (`timed_ms`) when chosen and
-    (`shipped_ms`) when finished, and the seconds spent on it per stage."""
+    """The networks that were given up since the device was measured, oldest first: `key`, what it took
+    (`timed_ms`) when chosen and (`shipped_ms`) when finished, and the seconds spent on it per stage."""
     path = misses_path(run, tier)
-    return list(read_json(path)) if path.exists() else []
+    costs = _costs_of(run, tier)
+    return [miss for miss in read_json(path) if miss.get("costs") == costs] if path.exists() else []
+
+
+def _costs_of(run: Run, tier: Tier) -> str:
+    return hash_of_record(run, run.costs_path(tier.device), "profile")
 
 
 def inputs_of_misses(run: Run, tier: Tier) -> dict[str, str]:
@@ -66,12 +70,12 @@ def give_up(run: Run, tier: Tier, shipped_ms: float) -> None:
         "key": records["derive"]["key"],
         "timed_ms": records["derive"]["timed"]["latency_ms"],
         "shipped_ms": shipped_ms,
+        "costs": _costs_of(run, tier),
         "seconds": {stage: record["seconds"] for stage, record in records.items()},
     }
     misses = [*misses_of(run, tier), miss]
     for stage in stages:
-        with contextlib.suppress(FileNotFoundError):
-            record_path(run, tier, stage).unlink()
+        record_path(run, tier, stage).unlink(missing_ok=True)
     write_json(misses_path(run, tier), misses)
 
 

@@ -62,6 +62,20 @@ def trained_network(run: Run, tier: Tier) -> nn.Module:
     return network.eval()
 
 
+def largest_first(run: Run) -> list[Tier]:
+    """By predicted multiply-adds. Raises RunFolderError where a tier's network is not chosen yet."""
+    return sorted(run.tiers, key=lambda tier: -record_of(run, tier, "derive")["predicted"]["flops"])
+
+
+def teacher_of(run: Run, tier: Tier) -> Tier | None:
+    """The tier whose trained network this one's learns from: with distillation the largest, for those that
+    have another network."""
+    if run.config.retrain.distil is None:
+        return None
+    largest = largest_first(run)[0]
+    return None if arch_of(run, tier) == arch_of(run, largest) else largest
+
+
 def hash_of_recipe(run: Run, recipe: Recipe) -> str:
     """Of what decides a training beside the network and the images."""
     return sha256_json([recipe.model_dump(mode="json"), run.config.seed])

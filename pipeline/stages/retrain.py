@@ -9,14 +9,15 @@ from pipeline.ranks import SharedCheckpoint
 from pipeline.run import Run
 from pipeline.stages.jobs import Jobs, engine_for
 from pipeline.stages.lineage import current_record, inputs_of_tier
-from pipeline.stages.networks import first_weights, trained_network
+from pipeline.stages.misses import misses_of
+from pipeline.stages.networks import first_weights, largest_first, teacher_of, trained_network
 from pipeline.stages.records import (
     arch_of,
     chosen_tiers,
     evaluator_path,
     find_record,
-    record_of,
     record_path,
+    search_path,
     weights_path,
     write_record,
 )
@@ -25,7 +26,9 @@ from pipeline.types import Json, Tier
 
 def retrain_stage(run: Run, only: str | None = None) -> None:
     """Largest tier first, since it may be the others' teacher; a network that several tiers share, once."""
-    tiers = _largest_first(run, only)
+    tiers = _in_order(run, only)
+    for tier in tiers:
+        _forget_teacher_given_up(run, tier)
     waiting = [tier for tier in tiers if current_record(run, tier, "retrain") is None]
     teachers = waiting[:1] if run.config.retrain.distil is not None and waiting[:1] == tiers[:1] else []
     steps = run.config.retrain.steps(len(run.task.splits["weights"])) if waiting else 0
@@ -39,6 +42,19 @@ def retrain_stage(run: Run, only: str | None = None) -> None:
         _adopt_twin(run, tier)
 
 
+def _forget_teacher_given_up(run: Run, tier: Tier) -> None:
+    """What a network became that learnt from one that was since refused is made again."""
+    record, teacher = find_record(run, tier, "retrain"), teacher_of(run, tier)
+    if record is None or teacher is None:
+        return
+    taught_by = record["inputs"].get("teacher")
+    given_up = {miss["key"] for miss in misses_of(run, teacher)} - {arch_of(run, teacher).key}
+    if taught_by in given_up:
+        run.progress.say(f"{tier.key}: its teacher's network was refused, so it is trained again")
+        for stage in ("measure", "export", "retrain"):
+            record_path(run, tier, stage).unlink(missing_ok=True)
+
+
 def _adopt_twin(run: Run, tier: Tier) -> bool:
     """Take the weights of a tier that has the same network, trained from the same; whether the tier is
     trained then."""
@@ -47,7 +63,9 @@ def _adopt_twin(run: Run, tier: Tier) -> bool:
         return True
     for twin in run.tiers:
         found, weights = find_record(run, twin, "retrain"), weights_path(run, twin)
-        if found is None or found["inputs"] != inputs or sha256_file(weights) != found["sha256"]:
+        if found is None or found["inputs"] != inputs or not weights.exists():
+            continue
+        if sha256_file(weights) != found["sha256"]:
             continue
         write_bytes(weights_path(run, tier), weights.read_bytes())
         write_record(run, tier, "retrain", {**found, "seconds": 0.0}, inputs)
@@ -61,7 +79,7 @@ def retrain_one(run: Run, job: Json) -> Json:
     from pipeline.train.retrain import retrain
 
     tier = chosen_tiers(run, job["tier"])[0]
-    inputs, largest = inputs_of_tier(run, tier, "retrain"), _largest_first(run)[0]
+    inputs, teacher = inputs_of_tier(run, tier, "retrain"), teacher_of(run, tier)
     checkpoint = FileCheckpoint(_checkpoint_path(run, tier))
     network = first_weights(run, arch_of(run, tier), run.config.retrain.start)
     record = retrain(
@@ -74,7 +92,7 @@ def retrain_one(run: Run, job: Json) -> Json:
         label=f"retrain {tier.key}",
         device=run.config.device,
         ranks=run.ranks,
-        teacher=trained_network(run, largest) if run.config.retrain.distil and tier != largest else None,
+        teacher=None if teacher is None else trained_network(run, teacher),
     )
     weights = weights_path(run, tier)
     tensors = {name: value.contiguous().cpu() for name, value in network.state_dict().items()}
@@ -88,12 +106,13 @@ JOBS: Jobs = {"retrain": retrain_one}
 
 
 def _read_by_retraining(run: Run, job: Json) -> list[Path]:
-    tier, largest = chosen_tiers(run, job["tier"])[0], _largest_first(run)[0]
+    tier = chosen_tiers(run, job["tier"])[0]
+    teacher = teacher_of(run, tier)
     reads = [*(record_path(run, other, "derive") for other in run.tiers), _checkpoint_path(run, tier)]
-    if run.config.retrain.distil is not None and tier != largest:
-        reads += [record_path(run, largest, "retrain"), weights_path(run, largest)]
+    if teacher is not None:
+        reads += [record_path(run, teacher, "retrain"), weights_path(run, teacher)]
     if run.config.retrain.start == "supernet":
-        reads.append(evaluator_path(run))
+        reads += [search_path(run), evaluator_path(run)]
     return reads
 
 
@@ -101,9 +120,8 @@ def _checkpoint_path(run: Run, tier: Tier) -> Path:
     return run.tier_path(tier, "training.npz")
 
 
-def _largest_first(run: Run, only: str | None = None) -> list[Tier]:
-    """By predicted multiply-adds; with distillation the largest is needed whatever was asked for."""
-    chosen = chosen_tiers(run, only)
-    by_size = sorted(run.tiers, key=lambda tier: -record_of(run, tier, "derive")["predicted"]["flops"])
-    keep_first = run.config.retrain.distil is not None
-    return [tier for index, tier in enumerate(by_size) if tier in chosen or (index == 0 and keep_first)]
+def _in_order(run: Run, only: str | None) -> list[Tier]:
+    """The largest first; with distillation it is needed whatever was asked for."""
+    chosen, keep_first = chosen_tiers(run, only), run.config.retrain.distil is not None
+    by_size = enumerate(largest_first(run))
+    return [tier for place, tier in by_size if tier in chosen or (place == 0 and keep_first)]

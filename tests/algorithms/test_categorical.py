@@ -56,13 +56,17 @@ def test_entropy_runs_from_decided_to_uniform() -> None:
     assert categorical.entropy(categorical.uniform((2, 2), 1)) == pytest.approx([1.0])
 
 
-@pytest.mark.parametrize("num_samples", [2, 4, 6, 8])
+@pytest.mark.parametrize("num_samples", [2, 4, 5, 6, 7, 8])
 def test_equal_weights_give_asng_utilities(num_samples: int) -> None:
     values = np.random.default_rng(4).permutation(num_samples).astype(float)
     best = int(np.ceil(num_samples / 4))
     expected = np.where(values < best, 1.0, np.where(values >= num_samples - best, -1.0, 0.0)) / best
     utility = categorical.quantile_utility(values, np.ones(num_samples)) / num_samples
     np.testing.assert_allclose(utility, expected, atol=1e-12)
+    others = np.zeros(3 * num_samples)  # samples of other tiers, which this one does not learn from
+    values, weights = np.append(values, others), np.append(np.ones(num_samples), others)
+    utility = categorical.quantile_utility(values, weights) / num_samples
+    np.testing.assert_allclose(utility, np.append(expected, others), atol=1e-12)
 
 
 def test_utilities_sum_to_zero_ties_share_and_a_flat_pool_says_nothing() -> None:

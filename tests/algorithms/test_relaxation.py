@@ -237,6 +237,9 @@ def test_additive_costs_are_found_exactly() -> None:
     assert (np.abs(costs[drawn].mean(axis=0) - chance @ costs) > 1e-3).any(), (
         "what was drawn is off by chance"
     )
+    stored = relaxation.LinearCost(*(np.array(part, order="C") for part in model))
+    for told, again in zip((cost, gradient), relaxation.expected_cost(stored, mix), strict=True):
+        np.testing.assert_array_equal(told, again, err_msg="to the bit, as after a checkpoint")
     exact = [slopes(lambda at, k=k: float((price[k] * relaxation.shares(at)).sum()), mix) for k in (0, 1)]  # type: ignore[misc]
     np.testing.assert_allclose(gradient, exact, atol=1e-3)
 

@@ -117,6 +117,15 @@ def test_reference_costs_are_shares_of_the_dearest() -> None:
     np.testing.assert_allclose(asked.reference_costs(archs), [[1.0], [1 / 9]])
 
 
+def test_the_dearest_is_the_space_s_largest_which_nobody_draws() -> None:
+    space = MBConvSpace((3, 16, 16), 5, MBConvSettings(blockwise=True))
+    costs = {"cpu": SpaceCosts(space, None)}
+    for seed in range(2):
+        evaluator = TabularEvaluator(ROWS, MS)
+        asked = SearchProblem(space, costs, (tier("t", flops=1e9),), evaluator, 1, seed=seed)
+        np.testing.assert_allclose(asked.reference_costs([space.largest]), [[1.0]])
+
+
 @pytest.mark.parametrize(
     ("tiers", "kwargs", "message"),
     [
@@ -212,11 +221,13 @@ def test_usage_is_the_same_by_rows_and_by_architectures(memory_batch: int | None
 
 
 def test_warm_up_comes_first_and_each_iteration_trains_then_evaluates_on_one_step() -> None:
+    """As many steps as the learning rate is laid out for: repeats in an iteration are asked about once, and
+    what they leave over is spent without training."""
     learner = Learner()
     search(problem(evaluator=learner, warm_up=3, fit_samples=2, evaluations=16))
     assert learner.log[:4] == [("fit", 0, 2), ("fit", 1, 2), ("fit", 2, 2), ("fit", 3, 2)]
     kinds = [(kind, step) for kind, step, _ in learner.log[3:]]
-    assert kinds == [(kind, step) for step in range(3, 3 + len(kinds) // 2) for kind in ("fit", "losses")]
+    assert kinds == [("fit", 3), ("losses", 3), ("fit", 4), ("losses", 4), ("losses", 5)]
     assert sum(num for kind, _, num in learner.log if kind == "losses") == 16
 
 
