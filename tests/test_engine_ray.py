@@ -485,7 +485,7 @@ def test_a_node_with_another_version_is_refused(tmp_path: Path) -> None:
 def test_without_ray_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with (
-        pytest.raises(ConfigError, match=r"pip install 'budgetline\[ray\]'"),
+        pytest.raises(ConfigError, match=r"pip install '\.\[ray\]'"),
         engine_ray.connected(RaySettings(), [], Silent()),
     ):
         pass

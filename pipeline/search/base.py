@@ -15,13 +15,13 @@ import numpy as np
 from numpy.random import Generator
 
 from pipeline.artifacts import sha256_arrays, sha256_json
-from pipeline.errors import DivergedTraining, StaleArtifact
+from pipeline.errors import DivergedTraining
 from pipeline.search.bands import BandSampler
+from pipeline.search.checkpoint import arrays_of_candidates, candidates_in, labelled, load_own, under
 from pipeline.search.problem import STAGE_ASK, STAGE_TELL, STAGE_WARM_UP, SearchProblem
 from pipeline.settings import Settings
 from pipeline.types import (
     Arch,
-    Arrays,
     Candidate,
     Checkpoint,
     FloatArray,
@@ -296,15 +296,9 @@ class _Search(Generic[State]):
             self.save()
 
     def save(self) -> None:
-        kept = list(self.candidates.values())
-        rows = [candidate.arch.choices for candidate in kept]
-        arrays: Arrays = {
-            "candidates.choices": np.array(rows, dtype=np.int64).reshape(len(rows), len(self.problem.sizes)),
-            "candidates.loss": np.array([candidate.loss for candidate in kept], dtype=float),
-            "candidates.evaluations": np.array([candidate.evaluations for candidate in kept], dtype=np.int64),
-        }
-        arrays |= {f"sampler.{name}": value for name, value in self.state._asdict().items()}  # type: ignore[attr-defined]
-        arrays |= {f"evaluator.{name}": value for name, value in self.problem.evaluator.state().items()}
+        arrays = arrays_of_candidates(self.candidates.values(), len(self.problem.sizes))
+        arrays |= labelled("sampler.", self.state._asdict())  # type: ignore[attr-defined]
+        arrays |= labelled("evaluator.", self.problem.evaluator.state())
         record: Json = {
             name: getattr(self, name) for name in ("method", "inputs", "iteration", "evaluations", "idle")
         }
@@ -312,21 +306,13 @@ class _Search(Generic[State]):
         self.saved = self.clock()
 
     def resume(self) -> None:
-        loaded = self.checkpoint.load()
+        loaded = load_own(self.checkpoint, self.method, self.inputs)
         if loaded is None:
             return
         arrays, record = loaded
-        if record.get("inputs") != self.inputs:
-            raise StaleArtifact(
-                f"search: the checkpoint is of another search ({record.get('method')}) than "
-                f"{self.method} with these settings, tiers and seed; remove it, or choose another --out"
-            )
-        self.state = type(self.state)(**_under("sampler.", arrays))
-        self.problem.evaluator.load_state(_under("evaluator.", arrays))
-        columns = (arrays[f"candidates.{name}"].tolist() for name in ("choices", "loss", "evaluations"))
-        for row, loss, count in zip(*columns, strict=True):
-            arch = Arch(self.problem.space.name, tuple(row))
-            self.candidates[arch] = Candidate(arch, loss, count)
+        self.state = type(self.state)(**under("sampler.", arrays))
+        self.problem.evaluator.load_state(under("evaluator.", arrays))
+        self.candidates = candidates_in(arrays, self.problem.space.name)
         self.iteration, self.evaluations = int(record["iteration"]), int(record["evaluations"])
         self.idle, self.seconds_before = int(record["idle"]), float(record["seconds"])
 
@@ -339,7 +325,3 @@ class _Search(Generic[State]):
             candidates=tuple(self.candidates.values()),
             theta_KSC=None if self.sampler.theta_KSC is None else self.sampler.theta_KSC(self.state),
         )
-
-
-def _under(prefix: str, arrays: Arrays) -> Arrays:
-    return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}

@@ -22,8 +22,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, cast
 
 import numpy as np
 from numpy.random import Generator
@@ -33,9 +33,18 @@ from pipeline.algorithms import adam, relaxation
 from pipeline.algorithms.adam import AdamSettings, Moments
 from pipeline.algorithms.relaxation import Admm, LinearCost, Mask, Schedule
 from pipeline.artifacts import sha256_json
-from pipeline.errors import ConfigError, DivergedTraining, StaleArtifact
+from pipeline.errors import ConfigError, DivergedTraining
 from pipeline.search.bands import BandSampler
 from pipeline.search.base import RELAXED
+from pipeline.search.checkpoint import (
+    archs_of,
+    arrays_of_candidates,
+    candidates_in,
+    labelled,
+    load_own,
+    rows_of,
+    under,
+)
 from pipeline.search.gradient_rules import LEAST_MOVES, PUBLISHED_RATE, GradientSettings, Rules, Where
 from pipeline.search.nearest import TEMPERATURES, Nearest, drawn_by, operations_of, with_second_chance
 from pipeline.search.pressure import Pressure
@@ -476,19 +485,15 @@ class _Search:
             self.save()
 
     def save(self) -> None:
-        kept = list(self.candidates.values())
-        slots = len(self.problem.sizes)
-        arrays: Arrays = {
-            "candidates.choices": _rows([candidate.arch for candidate in kept], slots),
-            "candidates.loss": np.array([candidate.loss for candidate in kept], dtype=float),
-            "candidates.evaluations": np.array([candidate.evaluations for candidate in kept], dtype=np.int64),
-            "visited": _rows(self.visited, slots),
+        num_slots = len(self.problem.sizes)
+        arrays = arrays_of_candidates(self.candidates.values(), num_slots) | {
+            "visited": rows_of(self.visited, num_slots),
             "mixes": np.array(self.mixes).reshape(len(self.mixes), *self.first_mask_EO.shape),
         }
         if self.state is not None:
-            arrays |= _labelled("tier.", self.state._asdict())
-        arrays |= _labelled("shared.", self.shared)
-        arrays |= _labelled("evaluator.", self.problem.evaluator.state())
+            arrays |= labelled("tier.", self.state._asdict())
+        arrays |= labelled("shared.", self.shared)
+        arrays |= labelled("evaluator.", self.problem.evaluator.state())
         counts = {
             name: getattr(self, name) for name in ("method", "inputs", "iteration", "evaluations", "step")
         }
@@ -496,29 +501,20 @@ class _Search:
         self.saved = self.clock()
 
     def resume(self) -> None:
-        loaded = self.checkpoint.load()
+        loaded = load_own(self.checkpoint, self.method, self.inputs)
         if loaded is None:
             return
         arrays, record = loaded
-        if record.get("inputs") != self.inputs:
-            raise StaleArtifact(
-                f"search: the checkpoint is of another search ({record.get('method')}) than "
-                f"{self.method} with these settings, tiers and seed; remove it, or choose another --out"
-            )
-        state = _under("tier.", arrays)
+        space = self.problem.space.name
+        state = under("tier.", arrays)
         self.state = TierState(**state) if state else None
-        self.shared = _under("shared.", arrays)
-        self.problem.evaluator.load_state(_under("evaluator.", arrays))
+        self.shared = under("shared.", arrays)
+        self.problem.evaluator.load_state(under("evaluator.", arrays))
         self.mixes = list(arrays["mixes"])
-        self.visited = dict.fromkeys(self._archs(arrays["visited"]))
-        columns = (arrays[f"candidates.{name}"].tolist() for name in ("loss", "evaluations"))
-        for arch, loss, count in zip(self._archs(arrays["candidates.choices"]), *columns, strict=True):
-            self.candidates[arch] = Candidate(arch, loss, count)
+        self.visited = dict.fromkeys(archs_of(arrays["visited"], space))
+        self.candidates = candidates_in(arrays, space)
         self.iteration, self.evaluations = int(record["iteration"]), int(record["evaluations"])
         self.step, self.seconds_before = int(record["step"]), float(record["seconds"])
-
-    def _archs(self, choices_NS: NDArray[Any]) -> list[Arch]:
-        return [Arch(self.problem.space.name, tuple(row)) for row in choices_NS.tolist()]
 
     def result(self) -> SearchResult:
         edges = tuple(self.evaluator.edges)
@@ -550,16 +546,3 @@ def _cells(names: list[str]) -> IntArray:
 
 def _fit_record(info: FitInfo) -> Json:
     return {"fit_loss": info.loss, "grad_sq_norm": info.grad_sq_norm}
-
-
-def _rows(archs: Iterable[Arch], num_slots: int) -> NDArray[np.int64]:
-    rows = [arch.choices for arch in archs]
-    return np.array(rows, dtype=np.int64).reshape(len(rows), num_slots)
-
-
-def _labelled(prefix: str, arrays: dict[str, Any]) -> Arrays:
-    return {f"{prefix}{name}": np.asarray(value) for name, value in arrays.items()}
-
-
-def _under(prefix: str, arrays: Arrays) -> Arrays:
-    return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
