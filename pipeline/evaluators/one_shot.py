@@ -35,6 +35,7 @@ from pipeline.data.base import ImageTask
 from pipeline.data.batches import Batches
 from pipeline.errors import DivergedTraining
 from pipeline.evaluators.mean_loss import mean_loss
+from pipeline.evaluators.weights import arrays_of, take_arrays
 from pipeline.ranks import ALONE, Ranks, share_out
 from pipeline.settings import Settings
 from pipeline.spaces.base import SearchSpace
@@ -87,8 +88,8 @@ class OneShotEvaluator:
             self.supernet = space.supernet()
         self.module = self.supernet.module().to(self.device)
         self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._names = [name for name, _ in self.module.named_parameters()]
-        self._weights = list(self.module.parameters())
+        self._named_weights = dict(self.module.named_parameters())
+        self._weights = list(self._named_weights.values())
         self._optimiser = torch.optim.SGD(
             _decayed(self._weights, settings.weight_decay),
             lr=settings.learning_rate,
@@ -225,25 +226,10 @@ class OneShotEvaluator:
     # --------------------------------------------------------------------------------------- state
 
     def state(self) -> Arrays:
-        weights = dict(zip(self._names, self._weights, strict=True))
-        arrays = {f"weight/{name}": _to_numpy(value.detach()) for name, value in weights.items()}
-        for name, value in weights.items():
-            momentum = self._optimiser.state[value].get("momentum_buffer")
-            if momentum is not None:
-                arrays[f"momentum/{name}"] = _to_numpy(momentum)
-        return arrays
+        return arrays_of(self._named_weights, self._optimiser)
 
-    @torch.no_grad()
     def load_state(self, state: Arrays) -> None:
-        for name, value in zip(self._names, self._weights, strict=True):
-            value.copy_(torch.from_numpy(state[f"weight/{name}"]))
-            momentum = state.get(f"momentum/{name}")
-            if momentum is not None:
-                self._optimiser.state[value]["momentum_buffer"] = (
-                    torch.from_numpy(momentum.copy())
-                    .to(value.device)
-                    .contiguous(memory_format=_format(value))
-                )
+        take_arrays(state, self._named_weights, self._optimiser)
 
 
 class Lesson:
@@ -318,14 +304,6 @@ class SharedGradients:
 def _to_host(values: Collection[Tensor]) -> list[float]:
     """Scalars in one transfer: each of its own would make the host wait for the device."""
     return torch.stack(list(values)).tolist() if values else []
-
-
-def _to_numpy(value: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    return value.contiguous().cpu().numpy().copy()
-
-
-def _format(value: Tensor) -> torch.memory_format:
-    return torch.channels_last if value.dim() == 4 else torch.contiguous_format
 
 
 def _decayed(weights: list[nn.Parameter], weight_decay: float) -> list[dict[str, object]]:

@@ -18,6 +18,7 @@ All but the first two build the network with the space's own initial weights, in
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -179,13 +180,7 @@ def make_nwot(
     seed: int,
     device: str,
 ) -> ScoreEvaluator:
-    images = fixed_images(task, settings, seed).to(device)
-
-    def score(arch: Arch) -> float:
-        return -nwot(build_seeded(space, arch, seed).to(device), images)
-
-    identity = {"proxy": "nwot", **images_identity(task, settings, seed)}
-    return ScoreEvaluator(space, score, worst=0.0, identity=identity, workers=workers_on(device, settings))
+    return _on_images("nwot", nwot, lambda images: 0.0, space, task, settings, seed, device)
 
 
 def make_jacov(
@@ -197,16 +192,25 @@ def make_jacov(
     seed: int,
     device: str,
 ) -> ScoreEvaluator:
+    return _on_images("jacov", jacov, worst_jacov_loss, space, task, settings, seed, device)
+
+
+def _on_images(
+    name: str,
+    score_of: Callable[[nn.Module, Tensor], float],
+    worst_loss: Callable[[int], float],
+    space: SearchSpace,
+    task: ImageTask,
+    settings: ImageScoreSettings,
+    seed: int,
+    device: str,
+) -> ScoreEvaluator:
+    """`score_of(network, images)` is better where it is higher; `worst_loss` takes the number of images."""
     images = fixed_images(task, settings, seed).to(device)
 
     def score(arch: Arch) -> float:
-        return -jacov(build_seeded(space, arch, seed).to(device), images)
+        return -score_of(build_seeded(space, arch, seed).to(device), images)
 
-    identity = {"proxy": "jacov", **images_identity(task, settings, seed)}
-    return ScoreEvaluator(
-        space,
-        score,
-        worst=worst_jacov_loss(len(images)),
-        identity=identity,
-        workers=workers_on(device, settings),
-    )
+    identity = {"proxy": name, **images_identity(task, settings, seed)}
+    worst = worst_loss(len(images))
+    return ScoreEvaluator(space, score, worst=worst, identity=identity, workers=workers_on(device, settings))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, Protocol, cast
+from typing import Literal, Protocol, cast
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from pipeline.data.base import ImageTask
 from pipeline.data.batches import Batches
 from pipeline.errors import ConfigError, DivergedTraining
 from pipeline.evaluators.mean_loss import mean_loss
+from pipeline.evaluators.weights import arrays_of, take_arrays
 from pipeline.settings import Settings
 from pipeline.spaces.base import RelaxedSpace, SearchSpace
 from pipeline.types import Arch, Arrays, FitInfo, FloatArray, Slot
@@ -99,8 +100,8 @@ class RelaxedSupernet:
             self.supernet = self.space.mixed_supernet()
         self.module = self.supernet.module().to(self.device)
         self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._names = [name for name, _ in self.module.named_parameters()]
-        self._weights = list(self.module.parameters())
+        self._named_weights = dict(self.module.named_parameters())
+        self._weights = list(self._named_weights.values())
         self._optimiser = torch.optim.SGD(
             self._weights,
             lr=settings.learning_rate,
@@ -220,23 +221,10 @@ class RelaxedSupernet:
     # --------------------------------------------------------------------------------------- state
 
     def state(self) -> Arrays:
-        arrays: Arrays = {}
-        for name, weight in zip(self._names, self._weights, strict=True):
-            arrays[f"weight/{name}"] = _to_numpy(weight)
-            velocity = self._optimiser.state[weight].get("momentum_buffer")
-            if velocity is not None:
-                arrays[f"momentum/{name}"] = _to_numpy(velocity)
-        return arrays
+        return arrays_of(self._named_weights, self._optimiser)
 
-    @torch.no_grad()
     def load_state(self, state: Arrays) -> None:
-        for name, weight in zip(self._names, self._weights, strict=True):
-            weight.copy_(torch.from_numpy(state[f"weight/{name}"]))
-            velocity = state.get(f"momentum/{name}")
-            self._optimiser.state[weight].clear()
-            if velocity is not None:
-                kept = torch.empty_like(weight).copy_(torch.from_numpy(velocity))
-                self._optimiser.state[weight]["momentum_buffer"] = kept
+        take_arrays(state, self._named_weights, self._optimiser)
 
 
 def relaxed_space(space: SearchSpace) -> RelaxedSpace:
@@ -256,10 +244,6 @@ def _held_out(task: ImageTask, batch_size: int, seed: int, device: str, augment:
     return Batches(
         task, "architecture", batch_size, seed=seed, augment=augment, drop_last=True, device=device
     )
-
-
-def _to_numpy(value: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
-    return value.detach().contiguous().cpu().numpy().copy()
 
 
 # -------------------------------------------------------------------------------------- the unrolled gradient
