@@ -164,7 +164,7 @@ def parse(values: Mapping[str, Any], where: str) -> RunConfig:
         )
     method = _method(values.get("method", DEFAULTS["method"]), where)
     suggested = METHODS[method.name].suggests(method.settings)
-    evaluator = str(suggested.get("evaluator", DEFAULTS["evaluator"]))
+    evaluator = default_name("evaluator", values, where)
     values = {**DEFAULTS, "evaluator": evaluator, **values}
     profiles = _profiles(values["profiles"], where)
     search = _mapping(values, "search", where)
@@ -189,6 +189,16 @@ def parse(values: Mapping[str, Any], where: str) -> RunConfig:
     )
     _refuse_unfit(config, where)
     return config
+
+
+def default_name(section: str, values: Mapping[str, Any], where: str) -> str:
+    """Of what a section is that states no name; an evaluator is what the run's method takes. Raises
+    ConfigError where that has settings which it refuses."""
+    default = str(DEFAULTS[section])
+    if section != "evaluator":
+        return default
+    method = _method(values.get("method", DEFAULTS["method"]), where)
+    return str(METHODS[method.name].suggests(method.settings).get("evaluator", default))
 
 
 def _refuse_unfit(config: RunConfig, where: str) -> None:

@@ -65,12 +65,15 @@ class DeriveSettings(Settings):
     def _a_band(self) -> DeriveSettings:
         if self.low >= self.high:
             raise ValueError(f"low ({self.low:g}) must be below high ({self.high:g}); set both")
-        if self.high > 1 - self.guard + 1e-9:
-            raise ValueError(
-                f"high ({self.high:g}) aims at networks that leave less free than guard ({self.guard:g}) "
-                f"asks for; set high to {1 - self.guard:g} or less, and low and least below it"
-            )
         return self
+
+    def below_guard(self) -> DeriveSettings:
+        """For a tier that is timed: the whole band moved down where its top leaves less than `guard` free."""
+        excess = self.high - (1 - self.guard)
+        if excess <= 1e-9:
+            return self
+        moved = {"high": self.high - excess, "low": self.low - excess, "least": self.least - excess}
+        return self.model_copy(update={name: max(value, 0.0) for name, value in moved.items()})
 
 
 @dataclass(frozen=True, slots=True)

@@ -180,6 +180,16 @@ def test_a_run_of_which_nothing_was_made_is_described_anew(cli: Cli, tmp_path: P
     assert (again["evaluator"]["name"], again["search"]["evaluations"]) == ("one-shot", 400)
 
 
+@pytest.mark.parametrize(("name", "batch_size"), [("relaxed", 32), ("relaxed-adversarial", 64)])
+def test_a_flag_that_names_what_is_there_by_default_keeps_its_settings(
+    cli: Cli, tmp_path: Path, name: str, batch_size: int
+) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("method: darts\nspace: nb201\nevaluator: {batch_size: 32}\n")
+    found = described(cli, tmp_path / "run", path, "--evaluator", name)["evaluator"]
+    assert (found["name"], found["batch_size"]) == (name, batch_size)
+
+
 def test_flags_change_a_run_of_which_nothing_was_made(cli: Cli, tmp_path: Path) -> None:
     """One that waits for its device, or was stopped before its first measurement, is no other run for it."""
     out = tmp_path / "run"

@@ -99,6 +99,13 @@ def test_order_is_accuracy_among_those_that_use_their_budget() -> None:
     assert [t.finalist.arch.choices[0] for t in in_order(trials, SETTINGS)] == [1, 0, 2]
 
 
+def test_a_larger_guard_moves_the_band_down() -> None:
+    """Nothing that is aimed at would keep it otherwise."""
+    moved = DeriveSettings(guard=0.03).below_guard()
+    assert (moved.high, moved.low, moved.least) == pytest.approx((0.97, 0.96, 0.955))
+    assert DeriveSettings().below_guard() == DeriveSettings()
+
+
 def test_untried_finalists_are_ordered_by_loss_and_need_no_guard_where_nothing_is_timed() -> None:
     trials = [Trial(finalist(0, 0.5, 0.999)), Trial(finalist(1, 0.4, 0.98)), Trial(finalist(2, 0.1, 1.01))]
     assert [t.finalist.arch.choices[0] for t in in_order(trials, SETTINGS)] == [1, 0]

@@ -543,8 +543,34 @@ def test_what_a_refused_network_taught_is_trained_again(
     teacher = json.loads((root / "cpu" / "l" / "arch.json").read_text())["key"]
     taught_by = json.loads((root / "cpu" / "m" / "train.json").read_text())["inputs"]["teacher"]
     assert taught_by == teacher != miss["key"]
-    assert "cpu/m: its teacher's network was refused, so it is trained again" in outcome.err
+    assert "cpu/m: learnt from another network than the largest, so it is trained again" in outcome.err
     assert cli("run", described, "--out", root).code == 0, "done is done"
+
+
+def test_a_network_that_became_the_largest_is_trained_without_a_teacher(cli: Cli, copied: Path) -> None:
+    """And the one that was the largest learns from it. What both had learnt before is made again."""
+    rewrite(copied, retrain={"epochs": 1, "distil": {"weight": 0.5}})
+    for tier in TIERS:
+        (copied / DEVICE / tier / "train.json").unlink()
+    assert cli("retrain", "--out", copied).code == 0
+
+    def taught_by(tier: str) -> str:
+        found: Json = json.loads((copied / DEVICE / tier / "train.json").read_text())
+        return str(found["inputs"]["teacher"])
+
+    def chosen(tier: str) -> Json:
+        found: Json = json.loads((copied / DEVICE / tier / "arch.json").read_text())
+        return found
+
+    assert (taught_by("s"), taught_by("l")) == (chosen("l")["key"], "none")
+    path, small = copied / DEVICE / "s" / "arch.json", chosen("s")
+    small["predicted"]["flops"] = 2 * chosen("l")["predicted"]["flops"]
+    path.write_text(json.dumps(small))
+    outcome = cli("retrain", "--out", copied)
+    assert outcome.code == 0 and outcome.err.count("so it is trained again") == 2, outcome
+    assert (taught_by("l"), taught_by("s")) == (small["key"], "none")
+    before = written(copied)
+    assert cli("retrain", "--out", copied).code == 0 and written(copied) == before, "done is done"
 
 
 def test_the_last_attempt_s_network_is_refused_for_good(

@@ -48,7 +48,7 @@ def flags_of(**flags: object) -> Json:
 def described(file: Path | None, flags: Json, settings: Sequence[str] | None, out: Path | None) -> Wanted:
     """The run as the file, `flags_of` and `--set`s describe it. Without a file, flags change the run that is
     in folder `out`; where nothing was made from it yet, flags that name images describe another."""
-    from pipeline.config import DEFAULTS, read_config
+    from pipeline.config import default_name, read_config
     from pipeline.run import described_run, is_begun
 
     settings = settings or []
@@ -61,10 +61,10 @@ def described(file: Path | None, flags: Json, settings: Sequence[str] | None, ou
         said, where = (found, [str(out)]) if found is not None else (said, where)
     for key, value in flags.items():
         section = said.get(key)
-        if isinstance(section, dict) and section.get("name", DEFAULTS[key]) == value:
-            said[key] = {**section, "name": value}
-        else:
-            said[key] = value
+        said[key] = value
+        if isinstance(section, dict):
+            name = section.get("name") or default_name(key, said, " and ".join(where))
+            said[key] = {**section, "name": value} if name == value else value
     for setting in settings:
         _assign(said, setting)
     if flags or settings or not where:

@@ -103,11 +103,11 @@ def drive(
     """Run a sampler to the problem's evaluation limit, from the checkpoint if there is one.
 
     An iteration asks for architectures, takes one optimiser step on `fit_samples` of them if the evaluator
-    trains in the search, evaluates, and tells. Architectures are made canonical; one that is asked for
-    twice in an iteration is computed, and counted, once. Where answers are fixed, one that is already known
-    is used again and not counted, and the search ends early once nothing unknown is asked for. When fewer
-    evaluations are left than an iteration asks for, the first of them are made and the sampler is told no
-    more.
+    trains in the search (as many steps as its learning rate is laid out for), evaluates, and tells.
+    Architectures are made canonical; one that is asked for twice in an iteration is computed, and counted,
+    once. Where answers are fixed, one that is already known is used again and not counted, and the search
+    ends early once nothing unknown is asked for. When fewer evaluations are left than an iteration asks for,
+    the first of them are made and the sampler is told no more.
 
     The trace gets one record per iteration; `iteration` counts all optimiser steps from 0, the warm-up's
     included. A checkpoint's record holds `iteration`, the number finished: before resuming, the caller

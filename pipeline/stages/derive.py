@@ -100,13 +100,14 @@ def _deriver(run: Run, tier: Tier, ranker: Remembered, engine: Engine) -> Derive
         steps = _trial_recipe(run).steps(len(run.task.splits["weights"]))
         return [answer["accuracy"] for answer in engine.map(f"trials for {tier.key}", jobs, steps)]
 
+    timed = _can_be_timed(run, tier)
     return Deriver(
         tier=tier,
         space=run.space,
-        settings=run.config.derive,
+        settings=run.config.derive.below_guard() if timed else run.config.derive,
         ranker=ranker,
         uniform=frozenset(run.space.uniform()),
-        device=run.bench(run.profile(tier.device)) if _can_be_timed(run, tier) else None,
+        device=run.bench(run.profile(tier.device)) if timed else None,
         counted=_usage_within(run.costs[tier.device], tier, lambda metric: metric != LATENCY),
         refit=refit,
         try_accuracies=try_accuracies if run.config.epochs_of_trials > 0 else None,

@@ -67,9 +67,9 @@ def _inputs_of_retrain(run: Run, tier: Tier) -> dict[str, str]:
     }
     if recipe.start == "supernet":
         inputs["search"] = hash_of_record(run, search_path(run), "search")
-    teacher = teacher_of(run, tier)
-    if teacher is not None:
-        inputs["teacher"] = arch_of(run, teacher).key
+    if recipe.distil is not None:
+        teacher = teacher_of(run, tier)
+        inputs["teacher"] = "none" if teacher is None else arch_of(run, teacher).key
     return inputs
 
 

@@ -161,7 +161,8 @@ def _give_up_or_advise(
     if not attempts_left(run, tier):
         return BudgetMissed, (
             "if the machine was busy run the same command again, else raise derive.attempts (it is "
-            f"{run.config.derive.attempts}) in {run.folder.path(RUN_FILE)}: then another network is chosen"
+            f"{run.config.derive.attempts}) in {run.folder.path(RUN_FILE)} and go on with `budgetline run "
+            f"--out {run.folder.root}`: then another network is chosen"
         )
     give_up(run, tier, shipped.latency_ms)
     return NetworkRefused, "`derive` and what follows choose and train another network"

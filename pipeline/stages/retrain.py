@@ -9,7 +9,6 @@ from pipeline.ranks import SharedCheckpoint
 from pipeline.run import Run
 from pipeline.stages.jobs import Jobs, engine_for
 from pipeline.stages.lineage import current_record, inputs_of_tier
-from pipeline.stages.misses import misses_of
 from pipeline.stages.networks import first_weights, largest_first, teacher_of, trained_network
 from pipeline.stages.records import (
     arch_of,
@@ -28,7 +27,7 @@ def retrain_stage(run: Run, only: str | None = None) -> None:
     """Largest tier first, since it may be the others' teacher; a network that several tiers share, once."""
     tiers = _in_order(run, only)
     for tier in tiers:
-        _forget_teacher_given_up(run, tier)
+        _forget_another_teacher(run, tier)
     waiting = [tier for tier in tiers if current_record(run, tier, "retrain") is None]
     teachers = waiting[:1] if run.config.retrain.distil is not None and waiting[:1] == tiers[:1] else []
     steps = run.config.retrain.steps(len(run.task.splits["weights"])) if waiting else 0
@@ -42,15 +41,15 @@ def retrain_stage(run: Run, only: str | None = None) -> None:
         _adopt_twin(run, tier)
 
 
-def _forget_teacher_given_up(run: Run, tier: Tier) -> None:
-    """What a network became that learnt from one that was since refused is made again."""
-    record, teacher = find_record(run, tier, "retrain"), teacher_of(run, tier)
-    if record is None or teacher is None:
+def _forget_another_teacher(run: Run, tier: Tier) -> None:
+    """A network that learnt from another one than it would now is made again: its teacher was refused, or is
+    not the largest any more. What else has changed is an error, as in every stage."""
+    record = find_record(run, tier, "retrain")
+    if record is None or run.config.retrain.distil is None:
         return
-    taught_by = record["inputs"].get("teacher")
-    given_up = {miss["key"] for miss in misses_of(run, teacher)} - {arch_of(run, teacher).key}
-    if taught_by in given_up:
-        run.progress.say(f"{tier.key}: its teacher's network was refused, so it is trained again")
+    inputs = inputs_of_tier(run, tier, "retrain")
+    if {what for what, value in inputs.items() if record["inputs"].get(what) != value} == {"teacher"}:
+        run.progress.say(f"{tier.key}: learnt from another network than the largest, so it is trained again")
         for stage in ("measure", "export", "retrain"):
             record_path(run, tier, stage).unlink(missing_ok=True)
 
