@@ -3,8 +3,9 @@
 A ranker proposes and the device disposes: members that should use nearly all of a tier's budget are
 shortlisted by a quick look and timed on the device. Of those that do, the finalists are the best by the
 ranker's most exact answer, some drawn at random, and the best uniform ones. Those that keep the budget in
-the form that ships are trained briefly, and the most accurate one wins. The ranker is the search's evaluator,
-or, where operations were mixed, the distance to the tier's last mixture.
+the form that ships are trained briefly, and the most accurate one wins; or the best few are trained in full
+first. The ranker is the search's evaluator, or, where operations were mixed, the distance to the tier's last
+mixture.
 How far its order can be trusted is told by the same numbers (`report/agreement.py`).
 """
 
@@ -43,9 +44,11 @@ class DeriveSettings(Settings):
     `least` come last. The others are rescored thoroughly; the `best`, `uniform` and `random` ones become
     finalists, tried for `trial_epochs` (0: not at all). Trials start from the supernet's weights where the
     evaluator has them, or as `trial_start` says; from there half an epoch tells the best apart as well as a
-    whole one from fresh weights, and is what they get by default. `samples` are drawn from each of the
-    search's distributions, beside what it has seen. A tier whose finished network is measured over its
-    latency budget after all is derived and trained again, `attempts` times in all."""
+    whole one from fresh weights, and is what they get by default. The `contenders` best of them are
+    trained in full, as the tiers' networks will be but without a teacher, and the most accurate one is taken
+    (1: the trials decide); where no tier has a teacher its weights are the tier's. `samples` are drawn from
+    each of the search's distributions, beside what it has seen. A tier whose finished network is measured
+    over its latency budget after all is derived and trained again, `attempts` times in all."""
 
     low: float = Field(0.975, gt=0, lt=1)
     high: float = Field(0.985, gt=0, le=1)
@@ -58,6 +61,7 @@ class DeriveSettings(Settings):
     uniform: int = Field(1, ge=0)
     trial_epochs: Epochs | None = Field(None, ge=0)
     trial_start: Literal["supernet", "scratch"] | None = None
+    contenders: int = Field(1, ge=1)
     attempts: int = Field(3, ge=1)
     trusted_correlation: float = Field(0.5, ge=-1, le=1)
 
@@ -149,12 +153,14 @@ def choose_finalists(
 class Trial:
     """A finalist, timed and briefly trained. `measured_usage` of the timed budget is None where none is,
     `shipped_usage`, of the untrained network in the form that ships, where it was not timed in it; `accuracy`
-    (a share, on the architecture split) is None where it was not trained."""
+    (a share, on the architecture split) is None where it was not trained briefly, `full_accuracy` where it
+    was not trained in full."""
 
     finalist: Finalist
     measured_usage: float | None = None
     accuracy: float | None = None
     shipped_usage: float | None = None
+    full_accuracy: float | None = None
 
     def to_json(self) -> Json:
         return {
@@ -162,6 +168,7 @@ class Trial:
             "measured_usage": self.measured_usage,
             "accuracy": self.accuracy,
             "shipped_usage": self.shipped_usage,
+            "full_accuracy": self.full_accuracy,
         }
 
     @classmethod
@@ -171,6 +178,7 @@ class Trial:
             record["measured_usage"],
             record["accuracy"],
             record.get("shipped_usage"),
+            record.get("full_accuracy"),
         )
 
     def keeps_budget(self, guard: float) -> bool:
@@ -199,12 +207,18 @@ MUCH_UNUSED = 0.05
 
 
 def in_order(trials: Sequence[Trial], settings: DeriveSettings) -> list[Trial]:
-    """Those that keep the budget, best first: those that use it, then by accuracy after brief training (by
-    loss where none was tried)."""
+    """Those that keep the budget, best first: those that use it, then by accuracy after full training (who
+    had none comes later) or else brief training, and by loss where none was tried."""
     kept = [trial for trial in trials if trial.keeps_budget(settings.guard)]
     return sorted(
         kept,
-        key=lambda t: (t.leaves_much(settings.least), -(t.accuracy or 0.0), t.finalist.loss, t.finalist.arch),
+        key=lambda t: (
+            t.leaves_much(settings.least),
+            -(t.full_accuracy or 0.0),
+            -(t.accuracy or 0.0),
+            t.finalist.loss,
+            t.finalist.arch,
+        ),
     )
 
 
@@ -275,7 +289,8 @@ SURPRISE = 0.02
 class Deriver:
     """Derives one tier. `device` is None where no budget needs one; `counted` is the share of the budgets
     that need none, which is exact. `refit` takes what was timed and answers with a better prediction of the
-    timed share; `try_accuracies` trains architectures briefly and is None where nobody wants to wait."""
+    timed share; `try_accuracies` trains architectures briefly and is None where nobody wants to wait,
+    `train_accuracies` trains them in full."""
 
     tier: Tier
     space: ChoiceSpace
@@ -286,6 +301,7 @@ class Deriver:
     counted: Usage
     refit: Callable[[Sequence[Arch], Sequence[float]], Usage]
     try_accuracies: Callable[[Sequence[Arch]], Sequence[float]] | None
+    train_accuracies: Callable[[Sequence[Arch]], Sequence[float]]
     say: Callable[[str], None]
 
     def derive(
@@ -313,7 +329,7 @@ class Deriver:
                 finalists, missed = self._that_ship(list(seen.values()), rng, shipped, settle)
                 over |= {trial.finalist.arch: trial for trial in missed}
                 if finalists:
-                    tried = self._tried(finalists)
+                    tried = self._trained(self._tried(finalists))
                     winner = in_order(tried, self.settings)[0].finalist.arch
                     return winner, shipped.get(winner), [*over.values(), *tried]
                 if self.device is None or not fresh:
@@ -395,7 +411,8 @@ class Deriver:
         for group in (hits, keep) if settle or not hits else (hits,):
             while left := [trial for trial in group if trial.finalist.arch not in dropped]:
                 finalists = self._finalists(left, luck, shipped)
-                asked = finalists if self.try_accuracies else in_order(finalists, self.settings)[:1]
+                some = self.settings.contenders
+                asked = finalists if self.try_accuracies else in_order(finalists, self.settings)[:some]
                 waiting = [trial for trial in asked if trial.shipped_usage is None]
                 if self.device is None or not waiting:
                     return finalists, list(dropped.values())
@@ -471,6 +488,15 @@ class Deriver:
             return list(trials)
         accuracies = self.try_accuracies([trial.finalist.arch for trial in trials])
         return [replace(trial, accuracy=a) for trial, a in zip(trials, accuracies, strict=True)]
+
+    def _trained(self, trials: Sequence[Trial]) -> list[Trial]:
+        """The contenders with their accuracy after full training, unless there is but one."""
+        contenders = [trial.finalist.arch for trial in in_order(trials, self.settings)]
+        contenders = contenders[: self.settings.contenders]
+        if len(contenders) < 2:
+            return list(trials)
+        known = dict(zip(contenders, self.train_accuracies(contenders), strict=True))
+        return [replace(trial, full_accuracy=known.get(trial.finalist.arch)) for trial in trials]
 
     def _members(self, pool: Sequence[Arch], timed: Usage) -> list[Arch]:
         """What is predicted to use nearly all of the budget. Raises InfeasibleBudget."""

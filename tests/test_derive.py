@@ -154,6 +154,10 @@ def no_refit(archs: Sequence[Arch], measured_ms: Sequence[float]) -> Usage:
     raise AssertionError("there was no need to fit again")
 
 
+def nobody_is_trained(archs: Sequence[Arch]) -> list[float]:
+    raise AssertionError("nobody was to be trained in full")
+
+
 def deriver(**changed: Any) -> Deriver:
     rows = np.arange(40).reshape(-1, 1)
     tier = Tier("cpu", "s", (Limit("latency_ms", BUDGET_MS, False, "2 ms"),))
@@ -167,6 +171,7 @@ def deriver(**changed: Any) -> Deriver:
         "counted": lambda archs: np.zeros(len(archs)),
         "refit": no_refit,
         "try_accuracies": None,
+        "train_accuracies": nobody_is_trained,
         "say": lambda message: None,
     }
     return Deriver(**{**made, **changed})
@@ -239,6 +244,32 @@ def test_brief_training_overrules_the_evaluator() -> None:
     arch, _, trials = made.derive(ARCHS, usage_of(true_ms), rng())
     assert arch == max(t.finalist.arch for t in trials)
     assert sorted(tried) == sorted(t.finalist.arch for t in trials) and len(tried) > 2
+
+
+@pytest.mark.parametrize("tried", [True, False])
+def test_full_training_of_the_best_few_overrules_what_they_were_chosen_by(tried: bool) -> None:
+    trained: list[Arch] = []
+
+    def brief(archs: Sequence[Arch]) -> list[float]:
+        return [arch.choices[0] / 100 for arch in archs]
+
+    def full(archs: Sequence[Arch]) -> list[float]:
+        trained.extend(archs)
+        return [0.9 - 0.01 * place for place in reversed(range(len(archs)))]  # the last is the best
+
+    device = FakeDevice(true_ms)
+    settings = SETTINGS.model_copy(update={"least": 0.8, "contenders": 2})
+    made = deriver(
+        settings=settings, device=device, try_accuracies=brief if tried else None, train_accuracies=full
+    )
+    arch, timed, trials = made.derive(ARCHS, usage_of(true_ms), rng())
+    by_brief = sorted((t.finalist.arch for t in trials), reverse=True)
+    by_loss = [t.finalist.arch for t in sorted(trials, key=lambda t: t.finalist.loss)]
+    assert len(trials) > 2 and trained == (by_brief if tried else by_loss)[:2]
+    assert arch == trained[-1] and timed is not None
+    assert {t.finalist.arch for t in trials if t.full_accuracy is not None} == set(trained)
+    assert set(trained) <= set(device.shipped)
+    assert [Trial.from_json(trial.to_json()) for trial in trials] == trials
 
 
 def test_without_a_device_nothing_is_timed_and_prediction_counts() -> None:

@@ -316,6 +316,31 @@ def test_trials_belong_to_the_search_whose_weights_they_start_from(cli: Cli, cop
     assert any(before[arch] != now[arch] for arch in before.keys() & now.keys())
 
 
+def test_contenders_are_trained_in_full_and_the_best_keeps_its_weights(cli: Cli, copied: Path) -> None:
+    """Once: neither is the chosen one trained again, nor are they where a tier is derived anew."""
+    for path in copied.glob(f"{DEVICE}/*/*.json"):
+        path.unlink()
+    rewrite(copied, derive={**TINY["derive"], "contenders": 2})
+    outcome = cli("run", "--out", copied)
+    assert outcome.code == 0, outcome
+    kept = {path: json.loads(path.read_text()) for path in copied.glob("search/contenders/*.json")}
+    assert all(path.with_suffix(".safetensors").exists() for path in kept)
+    assert not list(copied.glob("search/contenders/*.npz"))
+    for tier in TIERS:
+        record = json.loads((copied / DEVICE / tier / "arch.json").read_text())
+        full = {json.dumps(trial["arch"]): trial["full_accuracy"] for trial in record["trials"]}
+        trained = [accuracy for accuracy in full.values() if accuracy is not None]
+        assert len(trained) == 2 and full[json.dumps(record["arch"])] == max(trained)
+        network = json.loads((copied / DEVICE / tier / "train.json").read_text())
+        assert network in kept.values()
+    written_then = written(copied)
+    (copied / DEVICE / "s" / "arch.json").unlink()
+    assert cli("derive", "--out", copied).code == 0
+    contenders = {name: when for name, when in written_then.items() if "contenders" in name}
+    assert contenders.items() <= written(copied).items()
+    assert cli("run", "--out", copied).code == 0 and cli("verify", copied).code == 0
+
+
 def test_the_best_that_the_search_has_seen_comes_first_in_the_pool(finished: Path) -> None:
     """Of a band with more networks than can be looked at the first ones are."""
     run = run_module.open_run(finished, None, Silent())

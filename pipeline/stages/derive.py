@@ -23,11 +23,12 @@ from pipeline.run import Run
 from pipeline.search.nearest import Nearest, drawn_beside
 from pipeline.spaces.base import RelaxedSpace
 from pipeline.stages.jobs import Jobs, engine_for
-from pipeline.stages.lineage import current_record, inputs_of_tier
+from pipeline.stages.lineage import current_record, inputs_of_tier, inputs_of_training
 from pipeline.stages.misses import misses_of, misses_path, stricter
-from pipeline.stages.networks import first_weights, hash_of_recipe, searched_evaluator
+from pipeline.stages.networks import first_weights, hash_of_recipe, searched_evaluator, train_into
 from pipeline.stages.records import (
     chosen_tiers,
+    contender_path,
     evaluator_path,
     hash_of_record,
     search_path,
@@ -44,7 +45,7 @@ def derive_stage(run: Run, only: str | None = None) -> None:
     if not waiting:
         return
     ranker_of, pool = _rankers(run), _candidate_pool(run)
-    with engine_for(run, __name__, JOBS, _read_by_trial) as engine:
+    with engine_for(run, __name__, JOBS, _read_by_training) as engine:
         for tier in waiting:
             rng = np.random.default_rng([run.config.seed, 102, run.tiers.index(tier)])
             aim = stricter(run, tier)
@@ -100,6 +101,11 @@ def _deriver(run: Run, tier: Tier, ranker: Remembered, engine: Engine) -> Derive
         steps = _trial_recipe(run).steps(len(run.task.splits["weights"]))
         return [answer["accuracy"] for answer in engine.map(f"trials for {tier.key}", jobs, steps)]
 
+    def train_accuracies(archs: Sequence[Arch]) -> list[float]:
+        jobs = [{"do": "contender", "tier": tier.key, "arch": arch.to_json()} for arch in archs]
+        steps = run.config.retrain.steps(len(run.task.splits["weights"]))
+        return [answer["accuracy"] for answer in engine.map(f"contenders for {tier.key}", jobs, steps)]
+
     timed = _can_be_timed(run, tier)
     return Deriver(
         tier=tier,
@@ -111,6 +117,7 @@ def _deriver(run: Run, tier: Tier, ranker: Remembered, engine: Engine) -> Derive
         counted=_usage_within(run.costs[tier.device], tier, lambda metric: metric != LATENCY),
         refit=refit,
         try_accuracies=try_accuracies if run.config.epochs_of_trials > 0 else None,
+        train_accuracies=train_accuracies,
         say=run.progress.say,
     )
 
@@ -197,13 +204,32 @@ def try_one(run: Run, job: Json) -> Json:
     return {"accuracy": float(record["accuracy"])}
 
 
-JOBS: Jobs = {"trial": try_one}
+def train_contender(run: Run, job: Json) -> Json:
+    """Accuracy on the architecture split after full training; record and weights are kept on disk, where the
+    tier that the architecture is chosen for finds them."""
+    arch, recipe = Arch.from_json(job["arch"]), _contender_recipe(run)
+    inputs = inputs_of_training(run, arch, recipe)
+    path = contender_path(run, inputs)
+    record = run.folder.read_record(path, inputs)
+    if record is None:
+        checkpoint = FileCheckpoint(path.with_suffix(".npz"))
+        label = f"contender for {job['tier']}"
+        weights = path.with_suffix(".safetensors")
+        record = train_into(weights, run, arch, recipe, checkpoint=checkpoint, label=label)
+        run.folder.write_record(path, record, inputs)
+        checkpoint.remove()
+    return {"accuracy": float(record["accuracy"]) / 100}
 
 
-def _read_by_trial(run: Run, job: Json) -> list[Path]:
-    trial = _trial_path(run, Arch.from_json(job["arch"]))
-    reads = [trial, trial.with_suffix(".npz")]
-    if run.config.start_of_trials == "supernet":
+JOBS: Jobs = {"trial": try_one, "contender": train_contender}
+
+
+def _read_by_training(run: Run, job: Json) -> list[Path]:
+    arch, is_trial = Arch.from_json(job["arch"]), job["do"] == "trial"
+    full = inputs_of_training(run, arch, _contender_recipe(run))
+    kept = _trial_path(run, arch) if is_trial else contender_path(run, full)
+    reads = [kept, kept.with_suffix(".npz")]
+    if (run.config.start_of_trials if is_trial else run.config.retrain.start) == "supernet":
         reads += [search_path(run), evaluator_path(run)]
     return reads
 
@@ -225,3 +251,7 @@ def _trial_recipe(run: Run) -> Recipe:
     config = run.config
     changes = {"epochs": config.epochs_of_trials, "start": config.start_of_trials, "distil": None}
     return config.retrain.model_copy(update=changes)
+
+
+def _contender_recipe(run: Run) -> Recipe:
+    return run.config.retrain.model_copy(update={"distil": None})

@@ -17,7 +17,8 @@ from pipeline.stages.records import (
     record_of,
     search_path,
 )
-from pipeline.types import Json, Tier
+from pipeline.train.recipe import Recipe
+from pipeline.types import Arch, Json, Tier
 
 RATES = {"learning_rate", "least_learning_rate"}
 """Of an evaluator: may be lowered in a search that diverged, which then goes on."""
@@ -58,15 +59,17 @@ def _inputs_of_derive(run: Run, tier: Tier) -> dict[str, str]:
     }
 
 
-def _inputs_of_retrain(run: Run, tier: Tier) -> dict[str, str]:
-    recipe = run.config.retrain
-    inputs = {
-        **run.input_hashes,
-        "architecture": arch_of(run, tier).key,
-        "recipe": hash_of_recipe(run, recipe),
-    }
+def inputs_of_training(run: Run, arch: Arch, recipe: Recipe) -> dict[str, str]:
+    """Of an architecture by a recipe, without a teacher."""
+    inputs = {**run.input_hashes, "architecture": arch.key, "recipe": hash_of_recipe(run, recipe)}
     if recipe.start == "supernet":
         inputs["search"] = hash_of_record(run, search_path(run), "search")
+    return inputs
+
+
+def _inputs_of_retrain(run: Run, tier: Tier) -> dict[str, str]:
+    recipe = run.config.retrain
+    inputs = inputs_of_training(run, arch_of(run, tier), recipe)
     if recipe.distil is not None:
         teacher = teacher_of(run, tier)
         inputs["teacher"] = "none" if teacher is None else arch_of(run, teacher).key

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.artifacts import read_arrays, sha256_file, sha256_json
+from pipeline.artifacts import read_arrays, sha256_file, sha256_json, write_bytes
 from pipeline.errors import CorruptArtifact, RunFolderError
 from pipeline.evaluators import EVALUATORS
 from pipeline.run import Run
@@ -20,7 +21,7 @@ from pipeline.stages.records import (
     weights_path,
 )
 from pipeline.train.recipe import Recipe
-from pipeline.types import Arch, Evaluator, Tier
+from pipeline.types import Arch, Checkpoint, Evaluator, Json, Tier
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,6 +49,32 @@ def first_weights(run: Run, arch: Arch, start: Literal["supernet", "scratch"]) -
     stream = Batches(run.task, "weights", 256, seed=run.config.seed, augment=False, drop_last=False)
     recalibrate(network, stream, batches=min(20, stream.steps_per_epoch))
     return network
+
+
+def train_into(
+    weights: Path, run: Run, arch: Arch, recipe: Recipe, *, checkpoint: Checkpoint, label: str, **options: Any
+) -> Json:
+    """Train an architecture from its first weights, keep the weights that come of it, and answer with the
+    training's record, in which the file's hash stands. `options` are `retrain`'s: ranks, a teacher."""
+    from safetensors.torch import save
+
+    from pipeline.train.retrain import retrain
+
+    network = first_weights(run, arch, recipe.start)
+    record = retrain(
+        network,
+        run.task,
+        recipe,
+        seed=run.config.seed,
+        checkpoint=checkpoint,
+        progress=run.progress,
+        label=label,
+        device=run.config.device,
+        **options,
+    )
+    tensors = {name: value.contiguous().cpu() for name, value in network.state_dict().items()}
+    write_bytes(weights, save(tensors))
+    return {**record.to_json(), "sha256": sha256_file(weights)}
 
 
 def trained_network(run: Run, tier: Tier) -> nn.Module:

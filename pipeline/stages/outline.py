@@ -41,10 +41,12 @@ def work(run: Run) -> str:
     warm_up = f"{search.warm_up} steps of warm-up and " if learns else ""
     finalists = derive.best + derive.random + derive.uniform
     trials = f"up to {num_tiers} × {finalists} trials of {_epochs(config.epochs_of_trials)}, "
+    epochs = _epochs(config.retrain.epochs)
+    full = f"{num_tiers} × {derive.contenders} contenders of {epochs}, " if derive.contenders > 1 else ""
     return (
         f"plan: {warm_up}{search.evaluations} {unit} ({name} by {config.evaluator.name}), "
-        f"{trials if config.epochs_of_trials else ''}{num_tiers} × {_epochs(config.retrain.epochs)} of "
-        "training, export, measuring"
+        f"{trials if config.epochs_of_trials else ''}{full}{num_tiers} × {epochs} of training, export, "
+        "measuring"
     )
 
 

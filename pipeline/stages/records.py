@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline.artifacts import sha256_file
+from pipeline.artifacts import sha256_file, sha256_json
 from pipeline.devices.profile import DeviceProfile
 from pipeline.errors import RunFolderError
 from pipeline.run import Run
@@ -76,6 +76,13 @@ def arch_of(run: Run, tier: Tier) -> Arch:
 
 def weights_path(run: Run, tier: Tier) -> Path:
     return run.tier_path(tier, "weights.safetensors")
+
+
+def contender_path(run: Run, inputs: Mapping[str, str]) -> Path:
+    """The record of an architecture that was trained in full before a tier was given to it, by what it was
+    made from; its weights lie beside it. By another recipe it is another one, and those before stay."""
+    name = f"{inputs['architecture']}-{sha256_json(inputs)[:8]}.json"
+    return run.folder.path("search", "contenders", name)
 
 
 def samples_path(run: Run, tier: Tier) -> Path:

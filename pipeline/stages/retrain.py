@@ -9,10 +9,11 @@ from pipeline.ranks import SharedCheckpoint
 from pipeline.run import Run
 from pipeline.stages.jobs import Jobs, engine_for
 from pipeline.stages.lineage import current_record, inputs_of_tier
-from pipeline.stages.networks import first_weights, largest_first, teacher_of, trained_network
+from pipeline.stages.networks import largest_first, teacher_of, train_into, trained_network
 from pipeline.stages.records import (
     arch_of,
     chosen_tiers,
+    contender_path,
     evaluator_path,
     find_record,
     record_path,
@@ -33,12 +34,12 @@ def retrain_stage(run: Run, only: str | None = None) -> None:
     steps = run.config.retrain.steps(len(run.task.splits["weights"])) if waiting else 0
     with engine_for(run, __name__, JOBS, _read_by_retraining) as engine:
         for group in (teachers, waiting[len(teachers) :]):
-            left = [tier for tier in group if not _adopt_twin(run, tier)]
+            left = [tier for tier in group if not _adopt(run, tier)]
             of_each = {arch_of(run, tier): tier for tier in reversed(left)}
             jobs = [{"do": "retrain", "tier": tier.key} for tier in left if tier in of_each.values()]
             engine.map("retrain", jobs, steps)
     for tier in waiting:
-        _adopt_twin(run, tier)
+        _adopt(run, tier)
 
 
 def _forget_another_teacher(run: Run, tier: Tier) -> None:
@@ -54,49 +55,41 @@ def _forget_another_teacher(run: Run, tier: Tier) -> None:
             record_path(run, tier, stage).unlink(missing_ok=True)
 
 
-def _adopt_twin(run: Run, tier: Tier) -> bool:
-    """Take the weights of a tier that has the same network, trained from the same; whether the tier is
-    trained then."""
+def _adopt(run: Run, tier: Tier) -> bool:
+    """Take the weights of a contender or of another tier that are the same network's, trained from the same;
+    whether the tier is trained then."""
     inputs = inputs_of_tier(run, tier, "retrain")
     if find_record(run, tier, "retrain", inputs) is not None:
         return True
-    for twin in run.tiers:
-        found, weights = find_record(run, twin, "retrain"), weights_path(run, twin)
+    contender = contender_path(run, inputs)
+    twins = [(record_path(run, twin, "retrain"), weights_path(run, twin)) for twin in run.tiers]
+    for path, weights in [(contender, contender.with_suffix(".safetensors")), *twins]:
+        found = run.folder.read_record(path)
         if found is None or found["inputs"] != inputs or not weights.exists():
             continue
         if sha256_file(weights) != found["sha256"]:
             continue
         write_bytes(weights_path(run, tier), weights.read_bytes())
-        write_record(run, tier, "retrain", {**found, "seconds": 0.0}, inputs)
+        write_record(run, tier, "retrain", found if path == contender else {**found, "seconds": 0.0}, inputs)
         return True
     return False
 
 
 def retrain_one(run: Run, job: Json) -> Json:
-    from safetensors.torch import save
-
-    from pipeline.train.retrain import retrain
-
     tier = chosen_tiers(run, job["tier"])[0]
     inputs, teacher = inputs_of_tier(run, tier, "retrain"), teacher_of(run, tier)
     checkpoint = FileCheckpoint(_checkpoint_path(run, tier))
-    network = first_weights(run, arch_of(run, tier), run.config.retrain.start)
-    record = retrain(
-        network,
-        run.task,
+    record = train_into(
+        weights_path(run, tier),
+        run,
+        arch_of(run, tier),
         run.config.retrain,
-        seed=run.config.seed,
         checkpoint=SharedCheckpoint(checkpoint, run.ranks),
-        progress=run.progress,
         label=f"retrain {tier.key}",
-        device=run.config.device,
         ranks=run.ranks,
         teacher=None if teacher is None else trained_network(run, teacher),
     )
-    weights = weights_path(run, tier)
-    tensors = {name: value.contiguous().cpu() for name, value in network.state_dict().items()}
-    write_bytes(weights, save(tensors))
-    write_record(run, tier, "retrain", {**record.to_json(), "sha256": sha256_file(weights)}, inputs)
+    write_record(run, tier, "retrain", record, inputs)
     checkpoint.remove()
     return {}
 
