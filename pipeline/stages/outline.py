@@ -40,13 +40,16 @@ def work(run: Run) -> str:
     learns = bool(EVALUATORS[config.evaluator.name]().offers)  # a supernet's weights, of one kind or another
     warm_up = f"{search.warm_up} steps of warm-up and " if learns else ""
     finalists = derive.best + derive.random + derive.uniform
-    trials = f"up to {num_tiers} × {finalists} trials of {_epochs(config.epochs_of_trials)}, "
-    epochs = _epochs(config.retrain.epochs)
-    full = f"{num_tiers} × {derive.contenders} contenders of {epochs}, " if derive.contenders > 1 else ""
+    parts = [f"{num_tiers} × {_epochs(config.retrain.epochs)} of training"]
+    if derive.contenders > 1:
+        full = f"{num_tiers} × {derive.contenders} contenders of {_epochs(config.retrain.epochs)}"
+        one_of_them_ships = config.retrain.distil is None
+        parts = [full] if one_of_them_ships else [full, *parts]
+    if config.epochs_of_trials:
+        parts.insert(0, f"up to {num_tiers} × {finalists} trials of {_epochs(config.epochs_of_trials)}")
     return (
         f"plan: {warm_up}{search.evaluations} {unit} ({name} by {config.evaluator.name}), "
-        f"{trials if config.epochs_of_trials else ''}{full}{num_tiers} × {epochs} of training, export, "
-        "measuring"
+        f"{', '.join(parts)}, export, measuring"
     )
 
 
