@@ -10,6 +10,9 @@ For every tier of a finished run:
   two that keep it when timed (further below where none is in that band; `use` says); again the better one;
 - MobileNetV2-like: benchmarks/mobilenet.py, the widest that keeps the budget when timed.
 
+With `--contenders N` the searched network is the best of the tier's N best finalists after their training, as
+`derive.contenders: N` would choose; `--random paid` pays for the further trainings as well.
+
 All are timed on the run's device against the run's reference network, untrained, and may use the budget to
 the full, whereas the searched network left `derive.guard` of it free. All are trained by the run's recipe
 from scratch, without distillation (`--epochs` changes it for all, the searched network included; a searched
@@ -48,6 +51,7 @@ from pipeline.artifacts import FileCheckpoint, RunFolder, sha256_json
 from pipeline.costs.bench import Bench
 from pipeline.costs.budgets import usage_of_budgets
 from pipeline.costs.counts import module_flops, module_params
+from pipeline.derive import Trial, in_order
 from pipeline.devices.hardware import usable_cores
 from pipeline.engine import Engine, InProcess, Processes
 from pipeline.errors import ConfigError, InfeasibleBudget, RunFolderError
@@ -178,6 +182,18 @@ def select_entrants(
     except InfeasibleBudget as unreachable:
         missing[MOBILENET] = str(unreachable)
     return entrants, missing
+
+
+def further_contenders(run: Run, tier: Tier, count: int) -> list[Entrant]:
+    """Beside the tier's own network the finalists that come first by the trials, `count` in all; as derive
+    timed them in the form that ships."""
+    own = arch_of(run, tier)
+    trials = [Trial.from_json(trial) for trial in record_of(run, tier, "derive")["trials"]]
+    others = [t for t in in_order(trials, run.config.derive) if t.finalist.arch != own]
+    return [
+        Entrant(SEARCHED, (t.shipped_usage or t.usage) * tier.budgets["latency_ms"], t.finalist.arch)
+        for t in others[: count - 1]
+    ]
 
 
 def select_mobilenet(run: Run, bench: Bench, budget_ms: float) -> Entrant:
@@ -467,15 +483,16 @@ def origin_of(run: Run, tier: Tier) -> str | None:
     return next((str(t["origin"]) for t in record["trials"] if t["arch"] == record["arch"]), None)
 
 
-def paid_members(run: Run, tier: Tier, recipe: Recipe) -> int:
-    """How many networks could be trained instead in the tier's share of the search and what deriving it took,
-    as many at a time as the run trained by default, at least `RANDOM_MEMBERS`; a training takes what the
-    tier's own network took."""
+def paid_members(run: Run, tier: Tier, recipe: Recipe, contenders: int) -> int:
+    """How many networks could be trained instead of all contenders but one, and in the tier's share of the
+    search and what deriving it took, as many at a time as the run trained by default, at least
+    `RANDOM_MEMBERS`; a training takes what the tier's own network took."""
     search_s = float(read_manifest(run.folder.root)["stages"]["search"])
     derive_s = float(record_of(run, tier, "derive")["seconds"])
     at_once = share_of(replace(run, workers=None), len(usable_cores())).workers
     share_s = at_once * (search_s / len(run.tiers) + derive_s)
-    return max(RANDOM_MEMBERS, round(share_s / (recipe.epochs * _epoch_seconds(run, tier))))
+    trainings = round(share_s / (recipe.epochs * _epoch_seconds(run, tier)))
+    return max(RANDOM_MEMBERS, trainings + contenders - 1)
 
 
 def _epoch_seconds(run: Run, tier: Tier) -> float:
@@ -517,6 +534,9 @@ def arguments() -> Namespace:
         help="random members per tier",
     )
     parser.add_argument("--uniform", type=int, default=2, help="uniform members per tier")
+    parser.add_argument(
+        "--contenders", type=int, default=1, metavar="N", help="finalists per tier; default: 1"
+    )
     add_workers(parser)
     return parser.parse_args()
 
@@ -544,19 +564,24 @@ def main() -> bool:
                 work,
                 tier,
                 {
-                    RANDOM: paid_members(run, tier, gym.recipe) if asked.random is None else asked.random,
+                    RANDOM: paid_members(run, tier, gym.recipe, asked.contenders)
+                    if asked.random is None
+                    else asked.random,
                     UNIFORM: asked.uniform,
                 },
                 seeds[0],
             )
             for tier in tiers
         }
-        entrants = {tier: members for tier, (members, _) in selected.items()}
+        entrants = {
+            tier: [*members, *further_contenders(run, tier, asked.contenders)]
+            for tier, (members, _) in selected.items()
+        }
         for tier, seed in itertools.product(tiers, seeds):
             gym.take_from_run(tier, entrants[tier][0], seed)
         train_all(gym, entrants, seeds[:1])
         train_all(gym, {tier: finalists(gym, members, seeds[0]) for tier, members in entrants.items()}, seeds)
-        results = {tier.key: _result(gym, tier, *selected[tier], seeds) for tier in tiers}
+        results = {tier.key: _result(gym, tier, entrants[tier], selected[tier][1], seeds) for tier in tiers}
     evidence.finish(
         asked.json,
         seeds=seeds,

@@ -25,6 +25,7 @@ from benchmarks.rivals import (
 from pipeline.artifacts import RunFolder, sha256_json, write_json
 from pipeline.config import parse
 from pipeline.costs.counts import flops
+from pipeline.derive import Finalist, Trial
 from pipeline.progress import Silent
 from pipeline.run import Run
 from pipeline.spaces.mbconv import MBConvSettings, MBConvSpace
@@ -248,12 +249,33 @@ def test_as_many_random_members_as_the_search_would_have_paid_for(
         run.folder.write_record(run.tier_path(tier, "arch.json"), arch, inputs)
         run.folder.write_record(run.tier_path(tier, "train.json"), {"seconds": seconds, "epochs": 10}, inputs)
     run.__dict__["tiers"] = (TIER, twin)
-    assert rivals.paid_members(run, TIER, Recipe(epochs=10)) == 6
-    assert rivals.paid_members(run, twin, Recipe(epochs=10)) == 10, "its network was trained for the other"
-    assert rivals.paid_members(run, TIER, Recipe(epochs=5)) == 12
-    assert rivals.paid_members(run, TIER, Recipe(epochs=1000)) == 3
+    assert rivals.paid_members(run, TIER, Recipe(epochs=10), 1) == 6
+    assert rivals.paid_members(run, twin, Recipe(epochs=10), 1) == 10, "its network was trained for the other"
+    assert rivals.paid_members(run, TIER, Recipe(epochs=5), 3) == 14
+    assert rivals.paid_members(run, TIER, Recipe(epochs=1000), 1) == 3
     run.workers = 1
-    assert rivals.paid_members(run, TIER, Recipe(epochs=10)) == 6, "as the run trained, not as is asked now"
+    assert rivals.paid_members(run, TIER, Recipe(epochs=10), 1) == 6, (
+        "as the run trained, not as is asked now"
+    )
+
+
+def test_further_contenders_are_the_best_by_the_trials_and_keep_the_budget(run: Run) -> None:
+    rng = np.random.default_rng(0)
+    sizes = [len(slot.choices) for slot in run.space.slots]
+    drawn = [Arch(run.space.name, tuple(int(rng.integers(n)) for n in sizes)) for _ in range(20)]
+    archs = list(dict.fromkeys(map(run.space.canonical, drawn)))[:4]
+    accuracies, shipped = (0.6, 0.9, 0.7, 0.8), (0.98, 0.98, 0.975, 1.01)
+    trials = [
+        Trial(Finalist(arch, 1.0, 0.98, "search"), 0.98, accuracy, use).to_json()
+        for arch, accuracy, use in zip(archs, accuracies, shipped, strict=True)
+    ]
+    record = {"arch": archs[1].to_json(), "trials": trials}
+    run.folder.write_record(run.tier_path(TIER, "arch.json"), record, {"x": sha256_json(1)})
+    assert rivals.further_contenders(run, TIER, 1) == []
+    [second] = rivals.further_contenders(run, TIER, 2)
+    assert second.arch == archs[2] and second.role == "searched"
+    assert second.latency_ms == pytest.approx(0.975 * TIER.budgets["latency_ms"])
+    assert [e.arch for e in rivals.further_contenders(run, TIER, 9)] == [archs[2], archs[0]]
 
 
 def test_where_the_searched_network_comes_from(run: Run) -> None:
