@@ -332,13 +332,28 @@ def test_contenders_are_trained_in_full_and_the_best_keeps_its_weights(cli: Cli,
         trained = [accuracy for accuracy in full.values() if accuracy is not None]
         assert len(trained) == 2 and full[json.dumps(record["arch"])] == max(trained)
         network = json.loads((copied / DEVICE / tier / "train.json").read_text())
-        assert network in kept.values()
+        assert network in kept.values() and network["accuracy"] / 100 == pytest.approx(max(trained))
     written_then = written(copied)
     (copied / DEVICE / "s" / "arch.json").unlink()
     assert cli("derive", "--out", copied).code == 0
     contenders = {name: when for name, when in written_then.items() if "contenders" in name}
     assert contenders.items() <= written(copied).items()
     assert cli("run", "--out", copied).code == 0 and cli("verify", copied).code == 0
+
+
+def test_contenders_have_no_teacher_so_with_one_the_chosen_are_trained_again(cli: Cli, copied: Path) -> None:
+    for path in copied.glob(f"{DEVICE}/*/*.json"):
+        path.unlink()
+    rewrite(copied, derive={**TINY["derive"], "contenders": 2}, retrain={"epochs": 1, "distil": {}})
+    for stage in ("derive", "retrain"):
+        outcome = cli(stage, "--out", copied)
+        assert outcome.code == 0, outcome
+    kept = [json.loads(path.read_text()) for path in copied.glob("search/contenders/*.json")]
+    assert kept and all(record["recipe"]["distil"] is None for record in kept)
+    trained = [json.loads((copied / DEVICE / tier / "train.json").read_text()) for tier in TIERS]
+    assert all(record["recipe"]["distil"] for record in trained)
+    by_arch = {record["inputs"]["architecture"]: record["sha256"] for record in kept}
+    assert by_arch[trained[0]["inputs"]["architecture"]] != trained[0]["sha256"]
 
 
 def test_the_best_that_the_search_has_seen_comes_first_in_the_pool(finished: Path) -> None:

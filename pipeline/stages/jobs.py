@@ -36,7 +36,7 @@ def engine_for(run: Run, module: str, jobs: Jobs, read_by: ReadBy, side_by_side:
 
 def share_of(run: Run, on_cpu: int) -> Share:
     """As many workers as were asked for; by default `on_cpu` of them on a CPU, as far as its cores go, and
-    one on a GPU, which a training's recorded steps keep busy (`train/graphs.py`).
+    one on a GPU, which without NVIDIA's multi-process service works for one process at a time.
     A training's share of the cores decides the order of its sums, and so its last bits: it follows from the
     run and the machine alone, never from what is left to do."""
     return share_cores(len(usable_cores()), run.workers or (on_cpu if run.config.device == "cpu" else 1))
