@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -477,22 +477,22 @@ def selection_of(
     return [Entrant.from_json(entrant) for entrant in record["entrants"]], record["missing"]
 
 
-def origin_of(run: Run, tier: Tier) -> str | None:
-    """How the searched network became a finalist: by the search's loss, as a uniform member, or at random."""
-    record = record_of(run, tier, "derive")
-    return next((str(t["origin"]) for t in record["trials"] if t["arch"] == record["arch"]), None)
+def origin_of(run: Run, tier: Tier, arch: Json) -> str | None:
+    """How a searched network became a finalist: by the search's loss, as a uniform member, or at random."""
+    trials = record_of(run, tier, "derive")["trials"]
+    return next((str(trial["origin"]) for trial in trials if trial["arch"] == arch), None)
 
 
 def paid_members(run: Run, tier: Tier, recipe: Recipe, contenders: int) -> int:
-    """How many networks could be trained instead of all contenders but one, and in the tier's share of the
-    search and what deriving it took, as many at a time as the run trained by default, at least
-    `RANDOM_MEMBERS`; a training takes what the tier's own network took."""
+    """How many networks could be trained instead of the contenders that the run itself did not train, and in
+    the tier's share of the search and what deriving it took, as many at a time as the run trained by default,
+    at least `RANDOM_MEMBERS`; a training takes what the tier's own network took."""
     search_s = float(read_manifest(run.folder.root)["stages"]["search"])
     derive_s = float(record_of(run, tier, "derive")["seconds"])
     at_once = share_of(replace(run, workers=None), len(usable_cores())).workers
     share_s = at_once * (search_s / len(run.tiers) + derive_s)
     trainings = round(share_s / (recipe.epochs * _epoch_seconds(run, tier)))
-    return max(RANDOM_MEMBERS, trainings + contenders - 1)
+    return max(RANDOM_MEMBERS, trainings + max(0, contenders - run.config.derive.contenders))
 
 
 def _epoch_seconds(run: Run, tier: Tier) -> float:
@@ -512,6 +512,12 @@ def add_workers(parser: ArgumentParser) -> None:
 def _number_or_paid(text: str) -> int | None:
     """None for `paid`."""
     return None if text == "paid" else int(text)
+
+
+def _one_or_more(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"wanted a whole number of at least 1, got '{text}'")
+    return int(text)
 
 
 def arguments() -> Namespace:
@@ -535,7 +541,7 @@ def arguments() -> Namespace:
     )
     parser.add_argument("--uniform", type=int, default=2, help="uniform members per tier")
     parser.add_argument(
-        "--contenders", type=int, default=1, metavar="N", help="finalists per tier; default: 1"
+        "--contenders", type=_one_or_more, default=1, metavar="N", help="finalists per tier; default: 1"
     )
     add_workers(parser)
     return parser.parse_args()
@@ -610,7 +616,7 @@ def _result(
     best = {entrant.role: numbers(entrant) for entrant in finalists(gym, entrants, seeds[0])}
     return {
         "budget_ms": budget_ms,
-        "searched_origin": origin_of(gym.run, tier),
+        "searched_origin": origin_of(gym.run, tier, best[SEARCHED]["arch"]),
         "missing": missing,
         **compare([numbers(entrant) for entrant in entrants], best),
     }

@@ -25,7 +25,7 @@ from pipeline.spaces.base import RelaxedSpace
 from pipeline.stages.jobs import Jobs, engine_for
 from pipeline.stages.lineage import current_record, inputs_of_tier, inputs_of_training
 from pipeline.stages.misses import misses_of, misses_path, stricter
-from pipeline.stages.networks import first_weights, hash_of_recipe, searched_evaluator, train_into
+from pipeline.stages.networks import hash_of_recipe, searched_evaluator, train_into, train_network
 from pipeline.stages.records import (
     chosen_tiers,
     contender_path,
@@ -181,23 +181,13 @@ def _predicted(run: Run, tier: Tier, arch: Arch) -> Json:
 def try_one(run: Run, job: Json) -> Json:
     """Accuracy on the architecture split after a brief training; kept on disk, so that it is paid for
     once."""
-    from pipeline.train.retrain import retrain
-
     arch, recipe, inputs = Arch.from_json(job["arch"]), _trial_recipe(run), _inputs_of_trials(run)
     path = _trial_path(run, arch)
     record = run.folder.read_record(path, inputs)
     if record is None:
         checkpoint = FileCheckpoint(path.with_suffix(".npz"))
-        trained = retrain(
-            first_weights(run, arch, recipe.start),
-            run.task,
-            recipe,
-            seed=run.config.seed,
-            checkpoint=checkpoint,
-            progress=run.progress,
-            label=f"trial for {job['tier']}",
-            device=run.config.device,
-        )
+        label = f"trial for {job['tier']}"
+        _, trained = train_network(run, arch, recipe, checkpoint=checkpoint, label=label)
         record = {"arch": arch.to_json(), "accuracy": trained.accuracy / 100, "seconds": trained.seconds}
         run.folder.write_record(path, record, inputs)
         checkpoint.remove()

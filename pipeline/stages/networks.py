@@ -26,6 +26,8 @@ from pipeline.types import Arch, Checkpoint, Evaluator, Json, Tier
 if TYPE_CHECKING:
     from torch import nn
 
+    from pipeline.train.retrain import TrainRecord
+
 
 def fresh_network(run: Run, arch: Arch) -> nn.Module:
     """With weights that are drawn from the run's seed."""
@@ -51,13 +53,10 @@ def first_weights(run: Run, arch: Arch, start: Literal["supernet", "scratch"]) -
     return network
 
 
-def train_into(
-    weights: Path, run: Run, arch: Arch, recipe: Recipe, *, checkpoint: Checkpoint, label: str, **options: Any
-) -> Json:
-    """Train an architecture from its first weights, keep the weights that come of it, and answer with the
-    training's record, in which the file's hash stands. `options` are `retrain`'s: ranks, a teacher."""
-    from safetensors.torch import save
-
+def train_network(
+    run: Run, arch: Arch, recipe: Recipe, *, checkpoint: Checkpoint, label: str, **options: Any
+) -> tuple[nn.Module, TrainRecord]:
+    """An architecture, trained from its first weights. `options` are `retrain`'s: ranks, a teacher."""
     from pipeline.train.retrain import retrain
 
     network = first_weights(run, arch, recipe.start)
@@ -72,6 +71,15 @@ def train_into(
         device=run.config.device,
         **options,
     )
+    return network, record
+
+
+def train_into(weights: Path, run: Run, arch: Arch, recipe: Recipe, **options: Any) -> Json:
+    """`train_network`, and keep the weights that come of it; answers with the training's record, in which the
+    file's hash stands."""
+    from safetensors.torch import save
+
+    network, record = train_network(run, arch, recipe, **options)
     tensors = {name: value.contiguous().cpu() for name, value in network.state_dict().items()}
     write_bytes(weights, save(tensors))
     return {**record.to_json(), "sha256": sha256_file(weights)}

@@ -284,6 +284,6 @@ def test_where_the_searched_network_comes_from(run: Run) -> None:
     trials = [{"arch": other, "origin": "search"}, {"arch": arch, "origin": "uniform"}]
     record = {"arch": arch, "trials": trials}
     run.folder.write_record(run.tier_path(TIER, "arch.json"), record, {"x": sha256_json(1)})
-    assert rivals.origin_of(run, TIER) == "uniform"
+    assert rivals.origin_of(run, TIER, arch) == "uniform" and rivals.origin_of(run, TIER, other) == "search"
     write_json(run.tier_path(TIER, "arch.json"), {"schema": 1, "inputs": {}, "arch": arch, "trials": []})
-    assert rivals.origin_of(run, TIER) is None
+    assert rivals.origin_of(run, TIER, arch) is None
