@@ -488,19 +488,18 @@ def paid_members(run: Run, tier: Tier, recipe: Recipe, contenders: int) -> int:
     the tier's share of the search and what deriving it took, as many at a time as the run trained by default,
     at least `RANDOM_MEMBERS`; a training takes what the tier's own network took."""
     search_s = float(read_manifest(run.folder.root)["stages"]["search"])
-    derive_s = float(record_of(run, tier, "derive")["seconds"])
+    derive = record_of(run, tier, "derive")
     at_once = share_of(replace(run, workers=None), len(usable_cores())).workers
-    share_s = at_once * (search_s / len(run.tiers) + derive_s)
-    trainings = round(share_s / (recipe.epochs * _epoch_seconds(run, tier)))
+    alone_s = at_once * (search_s / len(run.tiers) + float(derive["seconds"])) + float(
+        derive["trained_seconds"]
+    )
+    trainings = round(alone_s / (recipe.epochs * _epoch_seconds(run, tier)))
     return max(RANDOM_MEMBERS, trainings + max(0, contenders - run.config.derive.contenders))
 
 
 def _epoch_seconds(run: Run, tier: Tier) -> float:
-    """Of the tier's network, which may have been trained for another tier."""
-    arch = record_of(run, tier, "derive")["arch"]
-    twins = [other for other in run.tiers if record_of(run, other, "derive")["arch"] == arch]
-    records = [record_of(run, twin, "retrain") for twin in twins]
-    return max(float(record["seconds"]) / float(record["epochs"]) for record in records)
+    record = record_of(run, tier, "retrain")
+    return float(record["seconds"]) / float(record["epochs"])
 
 
 def add_workers(parser: ArgumentParser) -> None:

@@ -239,7 +239,7 @@ class RunFolder:
 def inside(root: Path, relative: str) -> Path:
     """`root/relative`, refusing absolute paths and any that leave `root`."""
     pure = PurePosixPath(relative)
-    if pure.is_absolute() or ".." in pure.parts or "\\" in relative or not pure.parts:
+    if pure.is_absolute() or ".." in pure.parts or not pure.parts or {"\\", "\0"} & set(relative):
         raise CorruptArtifact(
             f"path {relative!r} leaves the run folder; the file that names it cannot be trusted"
         )

@@ -8,6 +8,7 @@ lands in `run.yaml` states them all.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -144,6 +145,10 @@ DEFAULTS: Json = {
 }
 
 
+WRITTEN_BY = "budgetline"
+"""The key in a run folder's own file that says which version wrote it; that file describes a run as well."""
+
+
 def read_config(path: Path) -> Json:
     """The mapping in a run's YAML file."""
     values = read_strict_yaml(path)
@@ -151,7 +156,7 @@ def read_config(path: Path) -> Json:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: is not a run: expected keys such as {', '.join(DEFAULTS)}")
-    return values
+    return {key: value for key, value in values.items() if key != WRITTEN_BY}
 
 
 def parse(values: Mapping[str, Any], where: str) -> RunConfig:
@@ -311,11 +316,25 @@ def _space(
         entry = space_entry(name)
     options = {k: v for k, v in suggested.items() if k in entry.settings.model_fields} | options
     if "lane" in entry.settings.model_fields:
-        options.setdefault("lane", max(profile.lane for profile in profiles))
-    wanted = next((profile.operations for profile in profiles if profile.operations), None)
-    if wanted and "operations" in entry.settings.model_fields:
-        options.setdefault("operations", wanted)
+        options.setdefault("lane", math.lcm(*(profile.lane for profile in profiles)))
+    if "operations" in entry.settings.model_fields and "operations" not in options:
+        options |= _operations_of_all(profiles, where)
     return PlugIn(name, parse_settings(entry.settings, options, f"{where}: space"))
+
+
+def _operations_of_all(profiles: tuple[DeviceProfile, ...], where: str) -> Json:
+    """One network may be timed on every device, so it has what all of them allow."""
+    stated = [profile for profile in profiles if profile.operations is not None]
+    if not stated:
+        return {}
+    first, *others = [profile.operations or () for profile in stated]
+    shared = [operation for operation in first if all(operation in other for other in others)]
+    if not shared:
+        raise ConfigError(
+            f"{where}: profiles {' and '.join(profile.name for profile in stated)} have no operation in "
+            "common, and one search is for all; change theirs, set space.operations, or search for each"
+        )
+    return {"operations": shared}
 
 
 def _method(value: object, where: str) -> PlugIn:

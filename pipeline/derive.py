@@ -50,6 +50,8 @@ class DeriveSettings(Settings):
     each of the search's distributions, beside what it has seen. A tier whose finished network is measured
     over its latency budget after all is derived and trained again, `attempts` times in all."""
 
+    later = frozenset({"contenders"})
+
     low: float = Field(0.975, gt=0, lt=1)
     high: float = Field(0.985, gt=0, le=1)
     guard: float = Field(0.015, ge=0, lt=0.5)

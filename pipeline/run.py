@@ -7,7 +7,7 @@ import os
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from pipeline import __version__
 from pipeline.artifacts import FileCheckpoint, RunFolder, read_yaml, sha256_json, write_bytes, write_yaml
-from pipeline.config import RunConfig, parse
+from pipeline.config import WRITTEN_BY, RunConfig, parse
 from pipeline.costs.bench import Bench
 from pipeline.costs.table import Measure, SpaceCosts
 from pipeline.data import cache_folder, load_task
@@ -176,10 +176,21 @@ class Run:
                 inputs = {"space": self.input_hashes["space"]}
                 self.folder.read_record(self.costs_path(profile.name), inputs)
 
+
+class Clock:
+    """Seconds since it was made, what was done while it stood still left out."""
+
+    def __init__(self) -> None:
+        self._started, self._stood_s = time.perf_counter(), 0.0
+
+    def __call__(self) -> float:
+        return round(time.perf_counter() - self._started - self._stood_s, 3)
+
     @contextmanager
-    def timed(self) -> Iterator[Callable[[], float]]:
-        started = time.perf_counter()
-        yield lambda: round(time.perf_counter() - started, 3)
+    def standing_still(self) -> Iterator[None]:
+        stopped = time.perf_counter()
+        yield
+        self._stood_s += time.perf_counter() - stopped
 
 
 def _measured_on(profile: DeviceProfile, environment: Json) -> Json:
@@ -202,7 +213,7 @@ def open_run(root: Path, asked: RunConfig | None, progress: Progress) -> Run:
                 f"{root}: holds a run with another {', '.join(changed)}; choose another --out, "
                 f"leave the flags out to go on with it, or edit {path} to go on with other settings"
             )
-        write_yaml(path, {"budgetline": __version__, **asked.to_json()})
+        write_yaml(path, {WRITTEN_BY: __version__, **asked.to_json()})
     config = asked or there
     assert config is not None
     return Run(folder, config, progress)
@@ -247,9 +258,9 @@ def require_run(root: Path) -> None:
 
 
 def _without_header(values: Any, path: Path) -> Json:
-    if not isinstance(values, dict) or "budgetline" not in values:
+    if not isinstance(values, dict) or WRITTEN_BY not in values:
         raise RunFolderError(f"{path}: was not written by budgetline; choose another --out")
-    return {key: value for key, value in values.items() if key != "budgetline"}
+    return {key: value for key, value in values.items() if key != WRITTEN_BY}
 
 
 READ_BY_RANKS = (

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, TypeVar, get_args
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from pipeline.errors import ConfigError
 
@@ -15,6 +24,18 @@ class Settings(BaseModel):
     """Base of every settings model in the project."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    later: ClassVar[frozenset[str]] = frozenset()
+    """Fields that there have not always been. As they come they are neither written nor hashed, so that runs
+    of before stay what they were."""
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = dump(self)
+        for name in self.later & values.keys():
+            if getattr(self, name) == type(self).model_fields[name].default:
+                del values[name]
+        return values
 
 
 def whole_if_it_is(number: float) -> float:
@@ -38,10 +59,35 @@ def parse_settings(
     model: type[S], values: Mapping[str, Any], where: str, error: type[ConfigError] = ConfigError
 ) -> S:
     """Build `model` from plain values. `where` names the file and the section for the message."""
+    for path, value in _truths(model, values):
+        raise error(
+            f"{where}: '{path}' is {str(value).lower()}; expected anything else than true or false, "
+            "which YAML reads for yes, no, on and off as well"
+        )
     try:
         return model.model_validate(dict(values))
     except ValidationError as invalid:
         raise error(_explain(model, invalid.errors()[0], where)) from None
+
+
+def _truths(model: type[BaseModel], values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, bool]]:
+    """Where true or false stands for what is something else, and would be taken for 1 or 0."""
+    for name, value in values.items():
+        field = model.model_fields.get(name)
+        if field is None:
+            continue
+        if isinstance(value, bool) and not _may_be_a_truth(field.annotation):
+            yield f"{above}{name}", value
+        inner = _model_in(field.annotation)
+        sections = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+        for section in sections if inner is not None else ():
+            if isinstance(section, Mapping) and inner is not None:
+                yield from _truths(inner, section, f"{above}{name}.")
+
+
+def _may_be_a_truth(annotation: Any) -> bool:
+    """Whether a field takes true and false, alone or among others."""
+    return annotation in (bool, Any, object) or any(map(_may_be_a_truth, get_args(annotation)))
 
 
 def _explain(model: type[Settings], item: Mapping[str, Any], where: str) -> str:

@@ -154,7 +154,7 @@ def test_a_file_in_place_of_the_run_folder_says_so(tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize("relative", ["../x", "/etc/passwd", "a/../../x", "", "a\\..\\x"])
+@pytest.mark.parametrize("relative", ["../x", "/etc/passwd", "a/../../x", "", "a\\..\\x", "a\0b"])
 def test_paths_that_leave_the_folder_are_refused(tmp_path: Path, relative: str) -> None:
     with pytest.raises(CorruptArtifact, match="leaves the run folder"):
         inside(tmp_path, relative)

@@ -190,6 +190,13 @@ def test_a_flag_that_names_what_is_there_by_default_keeps_its_settings(
     assert (found["name"], found["batch_size"]) == (name, batch_size)
 
 
+def test_a_run_s_own_description_describes_another_run(cli: Cli, tmp_path: Path) -> None:
+    first = described(cli, tmp_path / "first", "--data", "digits", "--set", "data.limit=150")
+    outcome = cli("profile", tmp_path / "first" / "run.yaml", "--out", tmp_path / "second")
+    assert outcome.code == 0, outcome
+    assert yaml.safe_load((tmp_path / "second" / "run.yaml").read_text()) == first
+
+
 def test_flags_change_a_run_of_which_nothing_was_made(cli: Cli, tmp_path: Path) -> None:
     """One that waits for its device, or was stopped before its first measurement, is no other run for it."""
     out = tmp_path / "run"
@@ -263,6 +270,31 @@ def test_select_prints_the_most_accurate_that_fits(cli: Cli, finished: Path) -> 
     assert Path(outcome.out.strip()).is_file()
     found = json.loads(cli("select", finished, "--params", limit, "--json").out)
     assert (found["name"], found["path"]) == (best["name"], str(finished / best["answer"]))
+
+
+def test_select_names_no_file_that_is_not_the_measured_one(cli: Cli, copied: Path) -> None:
+    best = Path(cli("select", copied).out.strip())
+    content = best.read_bytes()
+    best.write_bytes(content + b" ")
+    changed = cli("select", copied)
+    best.unlink()
+    gone = cli("select", copied)
+    for outcome in (changed, gone):
+        assert (outcome.code, outcome.out) == (
+            2,
+            "",
+        ) and f"CorruptArtifact: {best}: is not the file" in outcome.err
+    best.write_bytes(content)
+    assert cli("select", copied).out == f"{best}\n"
+
+
+def test_brackets_in_a_path_are_no_markup(cli: Cli, copied: Path) -> None:
+    for name in ("run[v2]", "run[/b]", "run:smile:"):
+        shutil.copytree(copied, copied.parent / name)
+        outcome = cli("list", copied.parent / name)
+        assert outcome.code == 0 and f"manifest  {copied.parent / name / 'manifest.json'}" in outcome.out, (
+            outcome
+        )
 
 
 def test_select_says_what_the_least_is_where_nothing_fits(cli: Cli, finished: Path) -> None:

@@ -148,10 +148,26 @@ def test_a_budget_that_makes_no_sense_is_refused(limits: dict[str, str], message
         parsed(profiles=[device(tiers=[{"name": "s", "limits": limits}])])
 
 
-def test_several_profiles_keep_their_order_and_the_widest_lane_counts() -> None:
-    config = parsed(profiles=[device("wide", lane=16), device("narrow", lane=4)])
+def test_several_profiles_keep_their_order_and_widths_are_whole_lanes_of_each() -> None:
+    config = parsed(profiles=[device("wide", lane=16), device("narrow", lane=12)])
     assert [profile.name for profile in config.profiles] == ["wide", "narrow"]
-    assert config.space.to_json()["lane"] == 16
+    assert config.space.to_json()["lane"] == 48
+
+
+def test_several_profiles_share_what_all_of_them_allow() -> None:
+    some = [device("gpu", operations=["k3e1", "k5e1", "f3e3"]), device("board", operations=["f3e3", "k3e1"])]
+    assert parsed(profiles=[*some, device("any")]).space.to_json()["operations"] == ["k3e1", "f3e3"]
+    apart = [device("gpu", operations=["k3e1"]), device("board", operations=["k5e1"])]
+    with pytest.raises(ConfigError, match="profiles gpu and board have no operation in common"):
+        parsed(profiles=apart)
+    stated = parsed(profiles=apart, space={"name": "mbconv", "operations": ["k5e3"]})
+    assert stated.space.to_json()["operations"] == ["k5e3"]
+
+
+def test_a_new_setting_makes_no_older_run_stale() -> None:
+    """Hashed as it was before there were contenders."""
+    assert "contenders" not in parsed().derive.model_dump()
+    assert parsed(derive={"contenders": 2}).derive.model_dump()["contenders"] == 2
 
 
 def test_the_space_follows_the_profile_unless_the_run_says_otherwise() -> None:

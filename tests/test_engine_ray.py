@@ -304,7 +304,7 @@ def without_times(record: Any) -> Any:
     if isinstance(record, list):
         return [without_times(item) for item in record]
     if isinstance(record, dict):
-        times = {"seconds", "images_per_second"}
+        times = {"seconds", "trained_seconds", "images_per_second"}
         return {key: without_times(value) for key, value in record.items() if key not in times}
     return record
 

@@ -332,7 +332,14 @@ def test_contenders_are_trained_in_full_and_the_best_keeps_its_weights(cli: Cli,
         trained = [accuracy for accuracy in full.values() if accuracy is not None]
         assert len(trained) == 2 and full[json.dumps(record["arch"])] == max(trained)
         network = json.loads((copied / DEVICE / tier / "train.json").read_text())
-        assert network in kept.values() and network["accuracy"] / 100 == pytest.approx(max(trained))
+        assert network.pop("adopted") and network in kept.values()
+        assert network["accuracy"] / 100 == pytest.approx(max(trained))
+    stages, trials = manifest_of(copied)["stages"], copied.glob("search/trials/*.json")
+    in_full = sum(record["seconds"] for record in kept.values())
+    assert stages["retrain"] == pytest.approx(in_full, abs=0.01), "each once, whoever has them"
+    own = [json.loads((copied / DEVICE / tier / "arch.json").read_text())["seconds"] for tier in TIERS]
+    brief = sum(json.loads(path.read_text())["seconds"] for path in trials)
+    assert stages["derive"] == pytest.approx(sum(own) + brief, abs=0.01)
     written_then = written(copied)
     (copied / DEVICE / "s" / "arch.json").unlink()
     assert cli("derive", "--out", copied).code == 0

@@ -28,7 +28,9 @@ from pipeline.devices.session import RuntimeSettings, open_session
 from pipeline.errors import MeasurementError
 from pipeline.report.manifest import answer_file, read_manifest
 from pipeline.stages import lower_precision
+from pipeline.stages import measure as measure_module
 from pipeline.types import Json, LatencyRecord
+from pipeline.units import format_value
 
 FLOAT, INT8 = "cpu/m/model.batch1.onnx", "cpu/m/model.int8.batch1.onnx"
 
@@ -311,10 +313,25 @@ def test_float16_is_searched_timed_and_shipped_on_a_gpu_elsewhere(
     checked = cli("verify", root)
     assert checked.code == 0, checked
 
+    record_path, limit_ms = root / "gpu" / "m" / "measure.json", tier["budgets"]["latency_ms"]
+    timed = json.loads(record_path.read_text())
+    half, full = timed["lower"]["latency"], timed["latency"]
+
+    def a_little_over(*asked: Any) -> list[dict[str, LatencyRecord]]:
+        told = {"fp16": (half, 1.01 * limit_ms), "fp32": (full, 2.0 * limit_ms)}
+        return [{form: LatencyRecord(**{**old, "latency_ms": ms}) for form, (old, ms) in told.items()}]
+
+    record_path.unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr(measure_module, "_time_shipped", a_little_over)
+        outcome = cli("run", "--out", root)
+    came = format_value("latency_ms", 1.01 * limit_ms)
+    assert outcome.code == 2 and f"BudgetMissed: tier gpu/m: latency_ms is {came}, " in outcome.err, outcome
+    assert f"else remove the folder {root / 'gpu' / 'm'}" in outcome.err, "it is the network that is at fault"
+
     strict = replace(deploy.FLOAT16_GATE, max_abs_error=1e-9)
     monkeypatch.setattr(deploy, "FLOAT16_GATE", strict)
-    for record in ("export", "measure"):
-        (root / "gpu" / "m" / f"{record}.json").unlink()
+    (root / "gpu" / "m" / "export.json").unlink()
     outcome = cli("run", "--out", root)
     assert outcome.code == 2 and "BudgetMissed: tier gpu/m: latency_ms is" in outcome.err, outcome
     assert "it was chosen in fp16, but fp16: " in outcome.err and "label_smoothing" in outcome.err

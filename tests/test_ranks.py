@@ -583,6 +583,23 @@ def test_the_commands_of_a_run(profiled: Path, cli: Cli) -> None:
     assert cli("export", "--out", profiled).code == 0
 
 
+def test_contenders_are_not_trained_again_by_ranks_that_do_not_have_them(cli: Cli, tmp_path: Path) -> None:
+    """Nor does a rank that has them leave the others waiting."""
+    derive = {"trial_epochs": 0, "samples": 20, "rescored": 2, "best": 2, "contenders": 2}
+    described, root = tmp_path / "run.yaml", tmp_path / "run"
+    described.write_text(yaml.safe_dump({**TINY, "derive": derive, "retrain": {"epochs": 1}}))
+    for words in (["profile", described], ["search"], ["derive"]):
+        outcome = cli(*words, "--out", root)
+        assert outcome.code == 0, outcome
+    for lost in sorted(root.glob("search/contenders/*"))[:2]:
+        lost.unlink()  # one of them, of which a tier may have been in need
+    for answer in values(on_ranks(command, 2, "retrain", "--out", str(root))):
+        assert answer["code"] == 0, answer
+    kept = {read_json(path)["sha256"] for path in root.glob("search/contenders/*.json")}
+    trained = [read_json(root / "counts" / tier / "train.json") for tier in ("s", "l")]
+    assert any(record["sha256"] in kept and record["adopted"] for record in trained)
+
+
 def test_errors_name_their_rank(tmp_path: Path) -> None:
     first, second = values(on_ranks(command, 2, "search", "--out", str(tmp_path / "none")))
     assert first["code"] == 2 and first["err"].startswith("RunFolderError: rank 0 of 2: ")

@@ -66,6 +66,7 @@ def test_another_start_is_another_search(cli: Cli, tmp_path: Path, first_look: P
 def test_a_run_that_has_not_searched_is_refused(cli: Cli, tmp_path: Path) -> None:
     refused = searched(cli, asked_for(tmp_path / "nothing"), tmp_path / "second")
     assert refused.code == 2 and "holds no finished search" in refused.err
+    assert not (tmp_path / "second" / "costs").exists(), "before anything is measured"
 
 
 def test_a_run_of_another_space_is_refused(cli: Cli, tmp_path: Path, first_look: Path) -> None:

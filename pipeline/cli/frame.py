@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import typer
@@ -44,8 +45,10 @@ def complain(error: BudgetlineError) -> None:
 
 
 def console_for(to_stderr: bool = True) -> Console:
-    """Tables keep their columns in a pipe or a log, where nobody tells the width."""
+    """Tables keep their columns in a pipe or a log, where nobody tells the width. Nothing is markup: paths
+    and errors have brackets in them."""
     from rich.console import Console
 
-    console = Console(stderr=to_stderr)
-    return console if console.is_terminal else Console(stderr=to_stderr, width=120)
+    plain = partial(Console, stderr=to_stderr, markup=False, emoji=False)
+    console = plain()
+    return console if console.is_terminal else plain(width=120)

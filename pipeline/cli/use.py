@@ -93,7 +93,7 @@ def select(
     """Print the path of the most accurate model within the limits. Exit 1 if none fits."""
     with friendly():
         from pipeline.report.manifest import read_manifest
-        from pipeline.report.select import nearest
+        from pipeline.report.select import nearest, whole_answer
         from pipeline.report.select import select as choose
         from pipeline.units import format_value, parse_value
 
@@ -118,7 +118,7 @@ def select(
             if not beyond:
                 typer.echo("nothing fits: some tier keeps each limit, and none keeps all of them", err=True)
             raise typer.Exit(1)
-        path = run_folder / tier["answer"]
+        path = whole_answer(run_folder, tier)
         typer.echo(json.dumps({"path": str(path), **tier}) if as_json else str(path))
 
 

@@ -36,7 +36,7 @@ class Wanted(NamedTuple):
         if file is not None:
             return EXPORTS / file.stem
         data = (self.said or {}).get("data", "digits")
-        name = data.get("name", "digits") if isinstance(data, dict) else str(data)
+        name = str(data.get("name", "digits") if isinstance(data, dict) else data)
         return EXPORTS / (Path(name.partition(":")[2] or name).name or "run")
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from pipeline.costs.memory import MEMORY
+from pipeline.costs.table import LATENCY
 from pipeline.errors import InfeasibleBudget, ProfileError
 from pipeline.spaces.base import SearchSpace
 from pipeline.types import Arch, CostTable, FloatArray, Limit, Tier
@@ -19,10 +20,19 @@ _SHOWN_MARGIN = 1.006
 """Above the half per cent that three shown digits can round away: asking for the shown value is feasible."""
 
 
-def resolve_tiers(tiers: Sequence[Tier], space: SearchSpace, table: CostTable) -> tuple[Tier, ...]:
+def resolve_tiers(
+    tiers: Sequence[Tier],
+    space: SearchSpace,
+    table: CostTable,
+    *,
+    chosen_by: CostTable | None = None,
+    usable: float = 1.0,
+) -> tuple[Tier, ...]:
     """The same tiers with absolute limits, each kept by at least one network of the space.
 
-    A relative limit is a share of what the space's largest network costs; counts are rounded down. Raises
+    A relative limit is a share of what the space's largest network costs; counts are rounded down. Networks
+    will be chosen by the costs in `chosen_by` (by default `table`), which may use the share `usable` of a
+    latency limit: what stays free is for what a network that was timed once may take another time. Raises
     ProfileError when a limited metric is not in the cost table (no device, so no latency; a space whose
     memory cannot be told before a network is built), InfeasibleBudget when a tier cannot be kept, naming the
     nearest reachable value or the limits that conflict.
@@ -30,7 +40,7 @@ def resolve_tiers(tiers: Sequence[Tier], space: SearchSpace, table: CostTable) -
     largest = dict(zip(table.metrics, table.of([space.largest])[0], strict=True))
     resolved = tuple(_absolute(tier, space, largest) for tier in tiers)
     for tier in resolved:
-        _check_feasible(tier, space, table)
+        _check_feasible(tier, space, table if chosen_by is None else chosen_by, usable)
     return resolved
 
 
@@ -56,18 +66,21 @@ def _resolved(limit: Limit, largest: Mapping[str, float]) -> Limit:
     return dataclasses.replace(limit, value=float(value), relative=False)
 
 
-def _check_feasible(tier: Tier, space: SearchSpace, table: CostTable) -> None:
-    budgets = tier.budgets
+def _check_feasible(tier: Tier, space: SearchSpace, table: CostTable, usable: float) -> None:
+    shares = {metric: usable if metric == LATENCY else 1.0 for metric in tier.budgets}
+    budgets = {metric: limit * shares[metric] for metric, limit in tier.budgets.items()}
     nearest, excess = _cheapest(space, table, budgets)
     if excess <= 1.0:
         return
     for limit in tier.limits:
-        least, excess = _cheapest(space, table, {limit.metric: limit.value})
+        metric, share = limit.metric, shares[limit.metric]
+        least, excess = _cheapest(space, table, {metric: budgets[metric]})
         if excess > 1.0:
-            reachable = format_value(limit.metric, least[limit.metric] * _SHOWN_MARGIN)
+            reachable = format_value(metric, least[metric] / share * _SHOWN_MARGIN)
+            free = f" with {1 - share:.1%} to spare" if share < 1 else ""
             raise InfeasibleBudget(
-                f"tier '{tier.key}': {limit.metric} of at most {_shown(limit)} was asked, and no network of "
-                f"space {space.name} is below {reachable}; ask for at least that, or take a smaller space "
+                f"tier '{tier.key}': {metric} of at most {_shown(limit)} was asked, and no network of space "
+                f"{space.name} is below {reachable}{free}; ask for at least that, or take a smaller space "
                 "(mbconv: space.size) or input"
             )
     asked = " and ".join(f"{limit.metric} of at most {_shown(limit)}" for limit in tier.limits)

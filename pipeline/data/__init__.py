@@ -72,8 +72,13 @@ def load_task(
     source = pick(DATA, name, "data set")
     chosen = parse_settings(source.settings, settings, f"data '{name}'")
     path = Path(path_text).expanduser() if path_text else None
-    if path is None and source.cached:
-        path = cache_folder()
+    if source.cached:
+        if path is not None and not path.is_dir():
+            raise DataError(
+                f"{path}: wanted a folder that has {name}, or to download it to; name one that is there, "
+                f"or say {name} alone to keep it in the cache ({cache_folder()})"
+            )
+        path = path or cache_folder()
     try:
         return source.load(path, chosen, name=spec, seed=seed, progress=progress or Silent())
     except OSError as failure:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,6 +34,7 @@ from pipeline.types import Arrays, IntArray, Progress
 _SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 _VALIDATION_NAMES = {"val", "valid", "validation"}
 _LIKE_A_SPLIT = {*_VALIDATION_NAMES, "train", "training", "test", "testing", "dev", "eval", "evaluation"}
+_BESIDE_A_SPLIT = {"set", "data", "images", "imgs", "split", "folder"}
 _FILES_PER_BLOCK = 256
 _FILES_FOR_PROCESSES = 20_000  # from here on headers are read by processes: Pillow's parsers hold the lock
 _BLOCKS_AHEAD = 64
@@ -171,17 +173,28 @@ def _roles(names: set[str]) -> dict[str, Split | None]:
 
 
 def _refuse_other_splits(root: Path, folders: Sequence[Path]) -> None:
-    """Two folders that are called like splits and have the same folders in them are no classes. Raises
-    DataError."""
-    for split, other in combinations([f for f in folders if f.name.lower() in _LIKE_A_SPLIT], 2):
-        shared = {f.name for f in _subfolders(split)} & {f.name for f in _subfolders(other)}
+    """Two folders that are called like splits are no classes where they have the same folders in them, or one
+    has several and the other, as of images to be guessed, has none. Raises DataError."""
+    for split, other in combinations(sorted(f for f in folders if _is_like_a_split(f.name)), 2):
+        inside, beside = ({f.name for f in _subfolders(folder)} for folder in (split, other))
+        shared, either, names = inside & beside, inside | beside, f"'{split.name}' and '{other.name}'"
         if len(shared) > 1:
-            raise DataError(
-                f"{root}: '{split.name}' and '{other.name}' have the same folders in them "
-                f"({some(sorted(shared))}), as splits have; wanted 'train', 'val' and 'test' (or 'train' and "
-                "one of the others) and nothing beside them, found "
-                f"{some(sorted(folder.name for folder in folders))}"
-            )
+            found = f"{names} have the same folders in them ({some(sorted(shared))})"
+        elif len(either) > 1 and not (inside and beside):
+            found = f"of {names} one has folders in it ({some(sorted(either))})"
+        else:
+            continue
+        raise DataError(
+            f"{root}: {found}, as splits have; wanted 'train', 'val' and 'test' (or 'train' and one of the "
+            "others, or 'train' alone) and nothing beside them, found "
+            f"{some(sorted(folder.name for folder in folders))}"
+        )
+
+
+def _is_like_a_split(name: str) -> bool:
+    """`test1`, `val_set`, `Training data`."""
+    words = re.split(r"[\W\d_]+|(?<=[a-z])(?=set$|data$)", name.lower())
+    return {word for word in words if word} - _BESIDE_A_SPLIT in [{split} for split in _LIKE_A_SPLIT]
 
 
 def _classes(folders: Sequence[Path]) -> tuple[str, ...]:

@@ -16,8 +16,10 @@ the hash of all it holds.
 from __future__ import annotations
 
 import json
+import lzma
 import statistics
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -393,12 +395,13 @@ def import_results(path: Path, cache_dir: Path, profile: DeviceProfile | None = 
 
 
 def _content(path: Path) -> bytes:
+    """Raises RunFolderError where the file is not there, is damaged, or wants a password."""
     try:
         if zipfile.is_zipfile(path):
             return _from_zip(path)
         with path.open("rb") as file:
             return _limited(file.read(RESULTS_LIMIT + 1), path)
-    except (OSError, zipfile.BadZipFile, RuntimeError) as failure:  # RuntimeError: a password is wanted
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError) as failure:
         reason = getattr(failure, "strerror", None) or failure
         raise RunFolderError(f"{path}: cannot be read ({reason})") from None
 

@@ -42,6 +42,8 @@ def main(folder: str, arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="runner.py", description="Time this kit's networks on this device.")
     parser.add_argument("--out", type=Path, default=Path(folder, RESULTS_FILE), help="where results go")
     asked = parser.parse_args(arguments)
+    if asked.out.is_dir():
+        asked.out /= RESULTS_FILE
     try:
         kit = Kit.open(Path(folder))
         _try_to_write(asked.out)

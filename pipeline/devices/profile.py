@@ -157,7 +157,7 @@ class DeviceProfile(Settings):
         return self.measured == "elsewhere"
 
     @model_serializer(mode="wrap")
-    def _only_what_differs(self, serialise: SerializerFunctionWrapHandler) -> Json:
+    def _as_before(self, serialise: SerializerFunctionWrapHandler) -> Json:
         """A device that is here is written as before there were others, so that hashes of it stay; so is one
         without int8."""
         values: Json = serialise(self)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from pipeline.errors import ConfigError
-from pipeline.report.manifest import tier_key
+from pipeline.artifacts import inside, sha256_file
+from pipeline.errors import ConfigError, CorruptArtifact
+from pipeline.report.manifest import answer_file, tier_key
 from pipeline.types import Json
 
 ANYWHERE = ("params", "flops", "weight_bytes")
@@ -31,6 +33,18 @@ def select(manifest: Json, limits: Mapping[str, float], device: str | None = Non
         )
     fitting = [tier for tier in tiers if keeps(tier["measured"], limits)]
     return max(fitting, key=lambda tier: (tier["accuracy"]["architecture"], -tier["params"]), default=None)
+
+
+def whole_answer(root: Path, tier: Json) -> Path:
+    """A tier's file in the run's folder. Raises CorruptArtifact where it is not the one that was measured."""
+    file = answer_file(tier)
+    path = inside(root, file["path"])
+    if not path.is_file() or sha256_file(path) != file["sha256"]:
+        raise CorruptArtifact(
+            f"{path}: is not the file that the manifest tells of, as while the run is made again; see "
+            f"`budgetline verify {root}`"
+        )
+    return root / str(file["path"])
 
 
 def keeps(measured: Mapping[str, float], limits: Mapping[str, float]) -> bool:

@@ -13,29 +13,27 @@ from typing import Any, cast
 
 import numpy as np
 
-from pipeline.artifacts import FileCheckpoint, sha256_json
+from pipeline.artifacts import FileCheckpoint
 from pipeline.costs.budgets import usage_of_budgets
 from pipeline.costs.table import LATENCY, CautiousCosts
 from pipeline.derive import Deriver, Remembered, Usage
 from pipeline.engine import Engine
 from pipeline.errors import BudgetMissed, InfeasibleBudget
-from pipeline.run import Run
+from pipeline.run import Clock, Run
 from pipeline.search.nearest import Nearest, drawn_beside
 from pipeline.spaces.base import RelaxedSpace
+from pipeline.stages.finalists import contender_path, contender_recipe, trial_path, trial_recipe
 from pipeline.stages.jobs import Jobs, engine_for
-from pipeline.stages.lineage import current_record, inputs_of_tier, inputs_of_training
+from pipeline.stages.lineage import current_record, inputs_of_recipe, inputs_of_tier, inputs_of_training
 from pipeline.stages.misses import misses_of, misses_path, stricter
-from pipeline.stages.networks import hash_of_recipe, searched_evaluator, train_into, train_network
+from pipeline.stages.networks import searched_evaluator, train_into, train_network
 from pipeline.stages.records import (
     chosen_tiers,
-    contender_path,
     evaluator_path,
-    hash_of_record,
     search_path,
     search_record,
     write_record,
 )
-from pipeline.train.recipe import Recipe
 from pipeline.types import Arch, CostTable, Json, Tier
 
 
@@ -49,8 +47,9 @@ def derive_stage(run: Run, only: str | None = None) -> None:
         for tier in waiting:
             rng = np.random.default_rng([run.config.seed, 102, run.tiers.index(tier)])
             aim = stricter(run, tier)
-            deriver = _deriver(run, aim, ranker_of(tier), engine)
-            with run.timed() as seconds, _telling_misses(run, tier):
+            work = _Work(engine)
+            deriver = _deriver(run, aim, ranker_of(tier), work)
+            with _telling_misses(run, tier):
                 arch, timed, trials = deriver.derive(pool, _predicted_usage(run, aim), rng)
             record = {
                 "arch": arch.to_json(),
@@ -59,7 +58,8 @@ def derive_stage(run: Run, only: str | None = None) -> None:
                 "predicted": _predicted(run, tier, arch),
                 "timed": None if timed is None else asdict(timed),
                 "trials": [trial.to_json() for trial in trials],
-                "seconds": seconds(),
+                "seconds": work.clock(),
+                "trained_seconds": round(work.trained_s, 3),
             }
             write_record(run, tier, "derive", record, inputs_of_tier(run, tier, "derive"))
 
@@ -89,7 +89,22 @@ def _telling_misses(run: Run, tier: Tier) -> Iterator[None]:
         ) from None
 
 
-def _deriver(run: Run, tier: Tier, ranker: Remembered, engine: Engine) -> Deriver:
+class _Work:
+    """What a tier takes. Trainings keep their own seconds, whatever interrupts them and however many run side
+    by side; the clock stands still meanwhile."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.clock, self.trained_s = engine, Clock(), 0.0
+
+    def accuracies(self, what: str, jobs: Sequence[Json], steps_each: int) -> list[float]:
+        """Of trainings, side by side."""
+        with self.clock.standing_still():
+            answers = self.engine.map(what, jobs, steps_each)
+        self.trained_s += sum(answer["seconds"] for answer in answers)
+        return [answer["accuracy"] for answer in answers]
+
+
+def _deriver(run: Run, tier: Tier, ranker: Remembered, work: _Work) -> Deriver:
     def refit(archs: Sequence[Arch], measured_ms: Sequence[float]) -> Usage:
         model = run.costs[tier.device].latency
         assert model is not None
@@ -98,13 +113,13 @@ def _deriver(run: Run, tier: Tier, ranker: Remembered, engine: Engine) -> Derive
 
     def try_accuracies(archs: Sequence[Arch]) -> list[float]:
         jobs = [{"do": "trial", "tier": tier.key, "arch": arch.to_json()} for arch in archs]
-        steps = _trial_recipe(run).steps(len(run.task.splits["weights"]))
-        return [answer["accuracy"] for answer in engine.map(f"trials for {tier.key}", jobs, steps)]
+        steps = trial_recipe(run).steps(len(run.task.splits["weights"]))
+        return work.accuracies(f"trials for {tier.key}", jobs, steps)
 
     def train_accuracies(archs: Sequence[Arch]) -> list[float]:
         jobs = [{"do": "contender", "tier": tier.key, "arch": arch.to_json()} for arch in archs]
         steps = run.config.retrain.steps(len(run.task.splits["weights"]))
-        return [answer["accuracy"] for answer in engine.map(f"contenders for {tier.key}", jobs, steps)]
+        return work.accuracies(f"contenders for {tier.key}", jobs, steps)
 
     timed = _can_be_timed(run, tier)
     return Deriver(
@@ -181,8 +196,8 @@ def _predicted(run: Run, tier: Tier, arch: Arch) -> Json:
 def try_one(run: Run, job: Json) -> Json:
     """Accuracy on the architecture split after a brief training; kept on disk, so that it is paid for
     once."""
-    arch, recipe, inputs = Arch.from_json(job["arch"]), _trial_recipe(run), _inputs_of_trials(run)
-    path = _trial_path(run, arch)
+    arch, recipe = Arch.from_json(job["arch"]), trial_recipe(run)
+    inputs, path = inputs_of_recipe(run, recipe), trial_path(run, arch)
     record = run.folder.read_record(path, inputs)
     if record is None:
         checkpoint = FileCheckpoint(path.with_suffix(".npz"))
@@ -191,13 +206,13 @@ def try_one(run: Run, job: Json) -> Json:
         record = {"arch": arch.to_json(), "accuracy": trained.accuracy / 100, "seconds": trained.seconds}
         run.folder.write_record(path, record, inputs)
         checkpoint.remove()
-    return {"accuracy": float(record["accuracy"])}
+    return {"accuracy": float(record["accuracy"]), "seconds": float(record["seconds"])}
 
 
 def train_contender(run: Run, job: Json) -> Json:
     """Accuracy on the architecture split after full training; record and weights are kept on disk, where the
     tier that the architecture is chosen for finds them."""
-    arch, recipe = Arch.from_json(job["arch"]), _contender_recipe(run)
+    arch, recipe = Arch.from_json(job["arch"]), contender_recipe(run)
     inputs = inputs_of_training(run, arch, recipe)
     path = contender_path(run, inputs)
     record = run.folder.read_record(path, inputs)
@@ -208,7 +223,7 @@ def train_contender(run: Run, job: Json) -> Json:
         record = train_into(weights, run, arch, recipe, checkpoint=checkpoint, label=label)
         run.folder.write_record(path, record, inputs)
         checkpoint.remove()
-    return {"accuracy": float(record["accuracy"]) / 100}
+    return {"accuracy": float(record["accuracy"]) / 100, "seconds": float(record["seconds"])}
 
 
 JOBS: Jobs = {"trial": try_one, "contender": train_contender}
@@ -216,32 +231,10 @@ JOBS: Jobs = {"trial": try_one, "contender": train_contender}
 
 def _read_by_training(run: Run, job: Json) -> list[Path]:
     arch, is_trial = Arch.from_json(job["arch"]), job["do"] == "trial"
-    full = inputs_of_training(run, arch, _contender_recipe(run))
-    kept = _trial_path(run, arch) if is_trial else contender_path(run, full)
+    recipe = trial_recipe(run) if is_trial else contender_recipe(run)
+    full = inputs_of_training(run, arch, recipe)
+    kept = trial_path(run, arch) if is_trial else contender_path(run, full)
     reads = [kept, kept.with_suffix(".npz")]
-    if (run.config.start_of_trials if is_trial else run.config.retrain.start) == "supernet":
+    if recipe.start == "supernet":
         reads += [search_path(run), evaluator_path(run)]
     return reads
-
-
-def _inputs_of_trials(run: Run) -> dict[str, str]:
-    recipe = _trial_recipe(run)
-    inputs = {**run.input_hashes, "recipe": hash_of_recipe(run, recipe)}
-    if recipe.start == "supernet":
-        inputs["search"] = hash_of_record(run, search_path(run), "search")
-    return inputs
-
-
-def _trial_path(run: Run, arch: Arch) -> Path:
-    """Trials by another recipe, or from another supernet, are other trials, and those before stay."""
-    return run.folder.path("search", "trials", f"{arch.key}-{sha256_json(_inputs_of_trials(run))[:8]}.json")
-
-
-def _trial_recipe(run: Run) -> Recipe:
-    config = run.config
-    changes = {"epochs": config.epochs_of_trials, "start": config.start_of_trials, "distil": None}
-    return config.retrain.model_copy(update=changes)
-
-
-def _contender_recipe(run: Run) -> Recipe:
-    return run.config.retrain.model_copy(update={"distil": None})

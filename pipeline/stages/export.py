@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline import __version__
 from pipeline.artifacts import sha256_file, write_arrays
 from pipeline.devices.session import NVIDIA, RuntimeSettings, open_session
-from pipeline.run import Run
+from pipeline.run import Clock, Run
 from pipeline.stages.jobs import Jobs, engine_for
 from pipeline.stages.lineage import current_record, inputs_of_tier
 from pipeline.stages.lower_precision import (
@@ -60,19 +60,19 @@ def export_one(run: Run, job: Json) -> Json:
     tier = chosen_tiers(run, job["tier"])[0]
     inputs, profile = inputs_of_tier(run, tier, "export"), run.profile(tier.device)
     run.progress.say(f"export {tier.key}")
-    with run.timed() as seconds:
-        network, settings = trained_network(run, tier), run.config.export
-        images, _ = held_out.test_sample(run.task, settings.parity_images, seed=0)
-        batches = [batch.numpy() for batch in torch.split(images.contiguous(), run.task.assessed_at_once)]
-        files = _export_float32(run, tier, network, batches)
-        assessment = assess(network, run.task)
-        attacked = withstand(network, run.task, run.config.robustness)
-        runtime = accuracy_on_test(run, onnx_path(run, tier))
-        samples = _samples(network, images[: settings.samples])
-        lower = None if profile.precision == "fp32" else _export_lower(run, tier, network, batches)
-        if lower is not None and lower["precision"] == "int8":
-            samples["logits_int8"] = _logits_of(onnx_path(run, tier, precision="int8"), samples["images"])
-        write_arrays(samples_path(run, tier), samples)
+    clock = Clock()
+    network, settings = trained_network(run, tier), run.config.export
+    images, _ = held_out.test_sample(run.task, settings.parity_images, seed=0)
+    batches = [batch.numpy() for batch in torch.split(images.contiguous(), run.task.assessed_at_once)]
+    files = _export_float32(run, tier, network, batches)
+    assessment = assess(network, run.task)
+    attacked = withstand(network, run.task, run.config.robustness)
+    runtime = accuracy_on_test(run, onnx_path(run, tier))
+    samples = _samples(network, images[: settings.samples])
+    lower = None if profile.precision == "fp32" else _export_lower(run, tier, network, batches)
+    if lower is not None and lower["precision"] == "int8":
+        samples["logits_int8"] = _logits_of(onnx_path(run, tier, precision="int8"), samples["images"])
+    write_arrays(samples_path(run, tier), samples)
     record = {
         "files": files,
         "accuracy": {
@@ -83,7 +83,7 @@ def export_one(run: Run, job: Json) -> Json:
         "test_images": assessment.images,
         "samples_sha256": sha256_file(samples_path(run, tier)),
         **({} if lower is None else {"lower": lower}),
-        "seconds": seconds(),
+        "seconds": clock(),
     }
     write_record(run, tier, "export", record, inputs)
     return {}

@@ -61,7 +61,12 @@ def _inputs_of_derive(run: Run, tier: Tier) -> dict[str, str]:
 
 def inputs_of_training(run: Run, arch: Arch, recipe: Recipe) -> dict[str, str]:
     """Of an architecture by a recipe, without a teacher."""
-    inputs = {**run.input_hashes, "architecture": arch.key, "recipe": hash_of_recipe(run, recipe)}
+    return {**inputs_of_recipe(run, recipe), "architecture": arch.key}
+
+
+def inputs_of_recipe(run: Run, recipe: Recipe) -> dict[str, str]:
+    """Of any architecture's training by it, without a teacher."""
+    inputs = {**run.input_hashes, "recipe": hash_of_recipe(run, recipe)}
     if recipe.start == "supernet":
         inputs["search"] = hash_of_record(run, search_path(run), "search")
     return inputs

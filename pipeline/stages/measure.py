@@ -12,7 +12,7 @@ from pipeline.costs.table import LATENCY
 from pipeline.devices.kit import Waiting
 from pipeline.devices.profile import DeviceProfile
 from pipeline.errors import BudgetMissed, NetworkRefused
-from pipeline.run import RUN_FILE, Run
+from pipeline.run import RUN_FILE, Clock, Run
 from pipeline.stages.lineage import current_record, inputs_of_tier
 from pipeline.stages.misses import attempts_left, give_up, was_misjudged
 from pipeline.stages.networks import fresh_network
@@ -49,14 +49,14 @@ def _measure_device(run: Run, profile: DeviceProfile, only: str | None) -> None:
             waiting.append((tier, inputs_of_tier(run, tier, "measure")))
     if not waiting:
         return
-    with run.timed() as seconds:
-        timed = _time_shipped(run, profile, [tier for tier, _ in waiting])
+    clock = Clock()
+    timed = _time_shipped(run, profile, [tier for tier, _ in waiting])
     refusals = []
     for (tier, inputs), latencies in zip(waiting, timed, strict=True):
         record = _answered(run, tier, latencies)
         refusal = _refused(run, tier, record, latencies)
         if refusal is None:
-            seconds_each = round(seconds() / len(waiting), 3)
+            seconds_each = round(clock() / len(waiting), 3)
             write_record(run, tier, "measure", {**record, "seconds": seconds_each}, inputs)
         else:
             refusals.append(refusal)
@@ -119,11 +119,16 @@ def _answered(run: Run, tier: Tier, latencies: Latencies) -> Json:
 def _refused(run: Run, tier: Tier, record: Json, latencies: Latencies) -> BudgetMissed | None:
     """Why the tier is not shipped; None where it keeps its budgets. Where another network can be chosen,
     this one is given up."""
-    measured, chosen_in = record["measured"], run.profile(tier.device).timed_precision
+    if all(record["measured"][metric] <= limit for metric, limit in tier.budgets.items()):
+        return None
+    chosen_in = run.profile(tier.device).timed_precision
+    unfit = None if chosen_in == "fp32" else record_of(run, tier, "export")["lower"]["refusal"]
+    judged_by_lower = chosen_in != "fp32" and unfit is None
+    measured = (record["lower"] if judged_by_lower else record)["measured"]
     for metric, limit in tier.budgets.items():
         if measured[metric] > limit:
-            if record.get("precision", chosen_in) != chosen_in and record["lower"]["latency"] is not None:
-                kind, what_next = BudgetMissed, _instead_of(chosen_in, record["reason"])
+            if unfit is not None and record["lower"]["latency"] is not None:
+                kind, what_next = BudgetMissed, _instead_of(chosen_in, unfit)
             else:
                 kind, what_next = _give_up_or_advise(run, tier, metric, latencies)
             return kind(

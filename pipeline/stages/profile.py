@@ -8,24 +8,27 @@ from typing import Any
 from pipeline.artifacts import replacing, sha256_file
 from pipeline.costs.budgets import resolve_tiers
 from pipeline.costs.counts import flops, module_flops, module_params, params
-from pipeline.costs.table import Measure, SpaceCosts, build_cost_table, export_for_timing
+from pipeline.costs.table import CautiousCosts, Measure, SpaceCosts, build_cost_table, export_for_timing
 from pipeline.devices.environment import probe_model
 from pipeline.devices.kit import Elsewhere, Waiting
 from pipeline.devices.profile import DeviceProfile
 from pipeline.devices.session import NVIDIA, open_session
 from pipeline.errors import AwaitingDevice, ConfigError
 from pipeline.evaluators import EVALUATORS
-from pipeline.run import Run
+from pipeline.run import Clock, Run
 from pipeline.search.base import RELAXED
 from pipeline.spaces.base import Parted, SearchSpace, network_of_parts
 from pipeline.stages.lineage import current_costs, inputs_of_costs
-from pipeline.types import Json, LatencyRecord
+from pipeline.stages.records import earlier_search
+from pipeline.types import Json, LatencyRecord, Tier
 
 
 def profile_stage(run: Run) -> None:
     _refuse_unfit_space(run)
     if any(current_costs(run, profile) is None for profile in run.config.profiles):
         _refuse_miscounting(run.space)
+        if run.config.search.start_from is not None:
+            earlier_search(run)  # or it is told now that there is none
     waiting = Waiting()
     for profile in run.config.profiles:
         with waiting:
@@ -38,10 +41,10 @@ def _profile_device(run: Run, profile: DeviceProfile) -> None:
         return
     if run.cluster is None:  # a cluster's device is asked by the first measurement
         _refuse_missing_provider(profile)
-    with run.timed() as seconds:
-        table, how = cost_table(run, profile)
-        tiers = resolve_tiers(profile.tiers_of(), run.space, table)
-        reference = _write_reference(run, profile, table)
+    clock = Clock()
+    table, how = cost_table(run, profile)
+    tiers = _tiers(run, profile, table)
+    reference = _write_reference(run, profile, table)
     record = {
         "table": table.to_json(),
         "how": {key: value for key, value in how.items() if key not in ("space", "metrics", "latency")},
@@ -50,7 +53,17 @@ def _profile_device(run: Run, profile: DeviceProfile) -> None:
         "tiers": [tier.to_json() for tier in tiers],
     }
     path, inputs = run.costs_path(profile.name), inputs_of_costs(run, profile)
-    run.folder.write_record(path, {**record, "seconds": seconds()}, inputs)
+    run.folder.write_record(path, {**record, "seconds": clock()}, inputs)
+
+
+def _tiers(run: Run, profile: DeviceProfile, table: SpaceCosts) -> tuple[Tier, ...]:
+    """With absolute budgets that `derive` can find networks for: it leaves some of a latency free, and adds a
+    margin to what it cannot time."""
+    asked, settings = profile.tiers_of(), run.config.derive
+    if profile.elsewhere and table.latency is not None:
+        cautious = CautiousCosts(table, {})
+        return resolve_tiers(asked, run.space, table, chosen_by=cautious, usable=settings.high)
+    return resolve_tiers(asked, run.space, table, usable=settings.below_guard().high)
 
 
 def cost_table(run: Run, profile: DeviceProfile) -> tuple[SpaceCosts, Json]:

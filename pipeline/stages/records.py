@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline.artifacts import sha256_file, sha256_json
+from pipeline.artifacts import RunFolder, sha256_file
 from pipeline.devices.profile import DeviceProfile
-from pipeline.errors import RunFolderError
+from pipeline.errors import ConfigError, RunFolderError
 from pipeline.run import Run
 from pipeline.types import Arch, Json, Tier
 
@@ -44,6 +44,23 @@ def search_record(run: Run) -> Json:
     return run.done(search_path(run), "search")
 
 
+def earlier_search(run: Run) -> Json:
+    """What the run named by `search.start_from` found. Raises RunFolderError where that has not searched,
+    ConfigError where it searched another space."""
+    root = Path(run.config.search.start_from or "").expanduser()
+    found = RunFolder(root).read_record(root / SEARCH_RESULT)
+    if found is None:
+        raise RunFolderError(
+            f"search.start_from: {root} holds no finished search; make one with `budgetline search`"
+        )
+    if found["inputs"].get("space") != run.input_hashes["space"]:
+        raise ConfigError(
+            f"search.start_from: {root} searched another space than {run.space.name} with this run's "
+            "settings, image shape and classes; name a run of the same space"
+        )
+    return found
+
+
 def hash_of_record(run: Run, path: Path, stage: str) -> str:
     """For what is made from the record of a stage. Raises RunFolderError where that has not run."""
     run.done(path, stage)
@@ -65,6 +82,11 @@ def find_record(run: Run, tier: Tier, stage: str, inputs: Mapping[str, str] | No
     return run.folder.read_record(record_path(run, tier, stage), inputs)
 
 
+def own_seconds(record: Json) -> float:
+    """Of the stage's own work for the tier: none where the weights that it has were trained for another."""
+    return 0.0 if record.get("adopted") else float(record["seconds"])
+
+
 def write_record(run: Run, tier: Tier, stage: str, record: Json, inputs: Mapping[str, str]) -> None:
     run.folder.write_record(record_path(run, tier, stage), record, inputs)
 
@@ -76,13 +98,6 @@ def arch_of(run: Run, tier: Tier) -> Arch:
 
 def weights_path(run: Run, tier: Tier) -> Path:
     return run.tier_path(tier, "weights.safetensors")
-
-
-def contender_path(run: Run, inputs: Mapping[str, str]) -> Path:
-    """The record of an architecture that was trained in full before a tier was given to it, by what it was
-    made from; its weights lie beside it. By another recipe it is another one, and those before stay."""
-    name = f"{inputs['architecture']}-{sha256_json(inputs)[:8]}.json"
-    return run.folder.path("search", "contenders", name)
 
 
 def samples_path(run: Run, tier: Tier) -> Path:

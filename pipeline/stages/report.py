@@ -13,9 +13,11 @@ from pipeline.report import assemble
 from pipeline.report.html import render_report
 from pipeline.report.manifest import build_manifest, write_manifest
 from pipeline.run import Run, read_trace
+from pipeline.stages.finalists import seconds_of_trainings
 from pipeline.stages.misses import misses_of
 from pipeline.stages.records import (
     TIER_RECORDS,
+    own_seconds,
     record_of,
     record_path,
     samples_path,
@@ -84,12 +86,16 @@ def _trials(run: Run) -> list[tuple[Tier, list[Trial]]]:
 
 
 def _seconds_per_stage(run: Run) -> dict[str, float]:
-    """Working time, interruptions left out; trainings that ran side by side count each."""
+    """Working time, interruptions left out. Trainings that ran side by side count each, one that several
+    tiers share once: brief ones where they belong, those in full, contenders too, as retraining."""
+    of_trials, of_contenders = seconds_of_trainings(run)
+    trained = {"derive": of_trials, "retrain": of_contenders}
     seconds = {
         "profile": sum(run.costs_record(p.name)["seconds"] for p in run.config.profiles),
         "search": search_record(run)["seconds"],
     }
     for stage in TIER_RECORDS:
         given_up = sum(m["seconds"].get(stage, 0.0) for tier in run.tiers for m in misses_of(run, tier))
-        seconds[stage] = given_up + sum(record_of(run, tier, stage)["seconds"] for tier in run.tiers)
+        own = sum(own_seconds(record_of(run, tier, stage)) for tier in run.tiers)
+        seconds[stage] = given_up + own + trained.get(stage, 0.0)
     return {stage: round(value, 3) for stage, value in seconds.items()}

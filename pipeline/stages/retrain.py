@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.artifacts import FileCheckpoint, sha256_file, write_bytes
 from pipeline.ranks import SharedCheckpoint
 from pipeline.run import Run
+from pipeline.stages.finalists import contender_path
 from pipeline.stages.jobs import Jobs, engine_for
 from pipeline.stages.lineage import current_record, inputs_of_tier
 from pipeline.stages.networks import largest_first, teacher_of, train_into, trained_network
 from pipeline.stages.records import (
     arch_of,
     chosen_tiers,
-    contender_path,
     evaluator_path,
     find_record,
     record_path,
@@ -34,7 +36,7 @@ def retrain_stage(run: Run, only: str | None = None) -> None:
     steps = run.config.retrain.steps(len(run.task.splits["weights"])) if waiting else 0
     with engine_for(run, __name__, JOBS, _read_by_retraining) as engine:
         for group in (teachers, waiting[len(teachers) :]):
-            left = [tier for tier in group if not _adopt(run, tier)]
+            left = _not_adopted(run, group)
             of_each = {arch_of(run, tier): tier for tier in reversed(left)}
             jobs = [{"do": "retrain", "tier": tier.key} for tier in left if tier in of_each.values()]
             engine.map("retrain", jobs, steps)
@@ -55,9 +57,16 @@ def _forget_another_teacher(run: Run, tier: Tier) -> None:
             record_path(run, tier, stage).unlink(missing_ok=True)
 
 
+def _not_adopted(run: Run, tiers: Sequence[Tier]) -> list[Tier]:
+    """Those that are left to train, as the first rank says: it alone has the contenders."""
+    left = [tier.key for tier in tiers if not _adopt(run, tier)]
+    left = json.loads(run.ranks.from_first(json.dumps(left).encode()))
+    return [tier for tier in tiers if tier.key in left]
+
+
 def _adopt(run: Run, tier: Tier) -> bool:
     """Take the weights of a contender or of another tier that are the same network's, trained from the same;
-    whether the tier is trained then."""
+    whether the tier is trained then. Its record says that they were adopted: its seconds are not its own."""
     inputs = inputs_of_tier(run, tier, "retrain")
     if find_record(run, tier, "retrain", inputs) is not None:
         return True
@@ -70,7 +79,7 @@ def _adopt(run: Run, tier: Tier) -> bool:
         if sha256_file(weights) != found["sha256"]:
             continue
         write_bytes(weights_path(run, tier), weights.read_bytes())
-        write_record(run, tier, "retrain", found if path == contender else {**found, "seconds": 0.0}, inputs)
+        write_record(run, tier, "retrain", {**found, "adopted": True}, inputs)
         return True
     return False
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.artifacts import FileCheckpoint, RunFolder, sha256_json, write_arrays
-from pipeline.errors import ConfigError, RunFolderError
+from pipeline.artifacts import FileCheckpoint, sha256_json, write_arrays
 from pipeline.evaluators.spread import over_ranks
 from pipeline.ranks import SharedCheckpoint
 from pipeline.run import Run, TraceFile
@@ -18,7 +17,7 @@ from pipeline.search.problem import SearchProblem
 from pipeline.stages.lineage import inputs_of_evaluations, inputs_of_search
 from pipeline.stages.networks import fresh_evaluator
 from pipeline.stages.records import (
-    SEARCH_RESULT,
+    earlier_search,
     evaluator_path,
     search_path,
     trace_path,
@@ -73,7 +72,7 @@ def _earlier(run: Run) -> tuple[Candidate, ...]:
     if run.ranks.rank == 0:
         kept = run.folder.read_record(path)
         if kept is None or kept["inputs"].get("start_from") != sha256_json(named):
-            _copy_earlier(run, Path(named), path)
+            _copy_earlier(run, path)
     content = run.ranks.from_first(path.read_bytes() if run.ranks.rank == 0 else b"")
     return tuple(
         Candidate(Arch(run.space.name, tuple(choices)), loss)
@@ -81,20 +80,11 @@ def _earlier(run: Run) -> tuple[Candidate, ...]:
     )
 
 
-def _copy_earlier(run: Run, root: Path, path: Path) -> None:
-    found = RunFolder(root).read_record(root / SEARCH_RESULT)
-    if found is None:
-        raise RunFolderError(
-            f"search.start_from: {root} holds no finished search; make one with `budgetline search`"
-        )
-    space = run.input_hashes["space"]
-    if found["inputs"].get("space") != space:
-        raise ConfigError(
-            f"search.start_from: {root} searched another space than {run.space.name} with this run's "
-            "settings, image shape and classes; name a run of the same space"
-        )
+def _copy_earlier(run: Run, path: Path) -> None:
+    found = earlier_search(run)
     candidates = [[choices, loss] for choices, loss, _ in found["candidates"]]
-    inputs = {"space": space, "start_from": sha256_json(run.config.search.start_from)}
+    start_from = sha256_json(run.config.search.start_from)
+    inputs = {"space": run.input_hashes["space"], "start_from": start_from}
     run.folder.write_record(path, {"candidates": candidates}, inputs)
 
 

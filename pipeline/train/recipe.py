@@ -11,9 +11,9 @@ recipes before it needs it.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
 from pipeline.settings import Epochs, Settings
 
@@ -75,6 +75,8 @@ class Recipe(Settings):
     minute before the first step and brings nothing to these networks on a CPU; with `cuda_graph` a GPU gets
     its steps as a whole (`graphs.py`), where they are all alike."""
 
+    later = frozenset({"adversarial", "cutout", "compile", "cuda_graph"})
+
     epochs: Epochs = Field(20, gt=0)
     batch_size: int = Field(64, ge=2)
     lr: float = Field(0.1, gt=0, allow_inf_nan=False)
@@ -99,16 +101,6 @@ class Recipe(Settings):
         if self.nesterov and self.momentum == 0:
             raise ValueError("'nesterov' needs a 'momentum' above 0: raise it, or set nesterov: false")
         return self
-
-    @model_serializer(mode="wrap")
-    def _leave_out_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Where `adversarial`, `cutout`, `compile` and `cuda_graph` are as they come, a recipe is written,
-        and hashed, as it was before there were any."""
-        values: dict[str, Any] = dump(self)
-        for name in ("adversarial", "cutout", "compile", "cuda_graph"):
-            if getattr(self, name) == type(self).model_fields[name].default:
-                values.pop(name, None)
-        return values
 
     def steps(self, images: int) -> int:
         """Optimiser steps of the whole training, one at least; an incomplete batch at the end of an epoch is

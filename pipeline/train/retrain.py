@@ -402,8 +402,8 @@ class _Run:
         kept = f"epoch {self.best_epoch} with {self.best_score[0]:.2f} %" if self.best_score else "none yet"
         return DivergedTraining(
             f"{self.label}: {what} at step {step + 1} of {self.steps} (epoch {epoch}, lr {lr:.3g})\n"
-            f"the last good state is kept (best so far: {kept}); lower the recipe's 'lr' "
-            f"(now {self.recipe.lr:g}) or set 'clip_norm', and run again"
+            f"best so far: {kept}; lower the recipe's 'lr' (now {self.recipe.lr:g}) or set 'clip_norm', and "
+            "remove what was trained by the recipe as it is"
         )
 
     def finish(self) -> TrainRecord:

@@ -243,14 +243,14 @@ def test_as_many_random_members_as_the_search_would_have_paid_for(
 ) -> None:
     monkeypatch.setattr(rivals, "usable_cores", lambda: [0, 1])
     monkeypatch.setattr(rivals, "read_manifest", lambda root: {"stages": {"search": 100.0}})
-    twin, inputs = replace(TIER, name="m"), {"x": sha256_json(1)}
-    for tier, derive_seconds, seconds in ((TIER, 100.0, 50.0), (twin, 200.0, 0.0)):
-        arch = {"arch": run.space.smallest.to_json(), "seconds": derive_seconds}
+    other, inputs = replace(TIER, name="m"), {"x": sha256_json(1)}
+    for tier, derive_s, trained_s in ((TIER, 40.0, 120.0), (other, 200.0, 0.0)):
+        arch = {"arch": run.space.smallest.to_json(), "seconds": derive_s, "trained_seconds": trained_s}
         run.folder.write_record(run.tier_path(tier, "arch.json"), arch, inputs)
-        run.folder.write_record(run.tier_path(tier, "train.json"), {"seconds": seconds, "epochs": 10}, inputs)
-    run.__dict__["tiers"] = (TIER, twin)
-    assert rivals.paid_members(run, TIER, Recipe(epochs=10), 1) == 6
-    assert rivals.paid_members(run, twin, Recipe(epochs=10), 1) == 10, "its network was trained for the other"
+        run.folder.write_record(run.tier_path(tier, "train.json"), {"seconds": 50.0, "epochs": 10}, inputs)
+    run.__dict__["tiers"] = (TIER, other)
+    assert rivals.paid_members(run, TIER, Recipe(epochs=10), 1) == 6, "trainings count as if on their own"
+    assert rivals.paid_members(run, other, Recipe(epochs=10), 1) == 10
     assert rivals.paid_members(run, TIER, Recipe(epochs=5), 3) == 14
     assert rivals.paid_members(run, TIER, Recipe(epochs=1000), 1) == 3
     run.workers = 1

@@ -48,8 +48,8 @@ def tier(**limits: str) -> Tier:
     return Tier("here", "small", tuple(parse_limit(name, text, "test") for name, text in limits.items()))
 
 
-def resolve(*tiers: Tier) -> tuple[Tier, ...]:
-    return resolve_tiers(tiers, cast(SearchSpace, Grid()), Opposed())
+def resolve(*tiers: Tier, **choosing: Any) -> tuple[Tier, ...]:
+    return resolve_tiers(tiers, cast(SearchSpace, Grid()), Opposed(), **choosing)
 
 
 def test_relative_limits_are_shares_of_the_largest_network_and_counts_round_down() -> None:
@@ -114,6 +114,31 @@ def test_each_limit_alone_is_judged_by_the_whole_space() -> None:
     with pytest.raises(InfeasibleBudget, match="latency_ms of at most") as caught:
         resolve(tier(latency="0.05 ms"))
     assert format_value("latency_ms", fastest * 1.006) in str(caught.value)
+
+
+def test_a_latency_is_to_be_kept_with_what_choosing_a_network_leaves_free() -> None:
+    """Refused before the search, not after it; and what is advised then is enough. Counts are exact."""
+    least = 0.1
+    with pytest.raises(InfeasibleBudget, match=r"is below (\S+) ms with 2.0% to spare") as caught:
+        resolve(tier(latency=f"{least / 0.99} ms"), usable=0.98)
+    advised = str(caught.value).split(" is below ")[1].split()[0]
+    assert float(advised) >= least / 0.98
+    (resolved,) = resolve(tier(latency=f"{advised} ms"), usable=0.98)
+    assert resolved.budgets["latency_ms"] == float(advised)
+    resolve(tier(params="0.1 k"), usable=0.98)
+
+
+def test_networks_are_judged_by_the_costs_that_choose_them() -> None:
+    """Shares of the largest network are of what it is predicted to take, without the margin."""
+
+    class Cautious(Opposed):
+        def of(self, archs: Sequence[Arch]) -> FloatArray:
+            return super().of(archs) * [1.0, 1.5]
+
+    (resolved,) = resolve(tier(latency="10 %"), chosen_by=Cautious())
+    assert resolved.budgets["latency_ms"] == pytest.approx(0.91)
+    with pytest.raises(InfeasibleBudget, match="latency_ms of at most"):
+        resolve(tier(latency="0.14 ms"), chosen_by=Cautious())
 
 
 @pytest.mark.parametrize("limits", [{"latency": "0.6 ms"}, {"latency": "30 %"}])

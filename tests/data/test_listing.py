@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -90,6 +91,18 @@ def test_splits_under_other_names_are_not_taken_for_classes(
     with pytest.raises(
         DataError, match=r"the same folders in them \(cat, dog\).*wanted 'train', 'val' and 'test'"
     ):
+        listing.scan(root)
+
+
+@pytest.mark.parametrize("beside", ["test1", "val_set", "Test Images", "testset"])
+def test_images_to_be_guessed_beside_classes_are_no_class(make_folder: MakeFolder, beside: str) -> None:
+    root = make_folder(parts=("train",))
+    shutil.copytree(root / "train" / "cat", root / beside)
+    with pytest.raises(DataError, match=r"one has folders in it \(cat, dog\), as splits have; wanted"):
+        listing.scan(root)
+    shutil.rmtree(root / beside)
+    shutil.copytree(root / "train", root / beside)
+    with pytest.raises(DataError, match=r"the same folders in them \(cat, dog\)"):
         listing.scan(root)
 
 

@@ -198,6 +198,18 @@ def test_without_a_network_the_message_says_what_to_put_where(
     assert not [file for file in tmp_path.rglob("*") if file.is_file()]
 
 
+@pytest.mark.parametrize("name", ["cifar10", "fashion-mnist"])
+def test_nothing_is_downloaded_to_a_folder_that_is_not_there(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torchvision.datasets.utils, "download_url", lambda *_: pytest.fail("downloaded"))
+    with pytest.raises(
+        DataError, match=rf"{tmp_path}/typo: wanted a folder that has {name}, .* say {name} alone"
+    ):
+        load_task(f"{name}:{tmp_path / 'typo'}", seed=0)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_full_disk_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -365,6 +377,7 @@ def test_cifar10_is_unpacked_from_the_published_archive(
 
     monkeypatch.setattr(torchvision.datasets.utils, "download_url", download)
     fresh = tmp_path_factory.mktemp("fresh") / "not" / "there"
-    task = load_task(f"cifar10:{fresh}", seed=0)
+    monkeypatch.setenv("BUDGETLINE_CACHE", str(fresh))
+    task = load_task("cifar10", seed=0)
     assert task.fingerprint == load_task(f"cifar10:{small_cifar10}", seed=0).fingerprint
     assert [entry.name for entry in fresh.iterdir()] == ["cifar-10-batches-bin"]

@@ -433,6 +433,13 @@ def test_a_zip_of_anything_else_is_refused(
     bomb = zipped_results(tmp_path / "back.zip", "results.json", content=b" " * 2000)
     with pytest.raises(CorruptArtifact, match="larger than any results"):
         import_results(bomb, cache_dir)
+    with zipfile.ZipFile(damaged := tmp_path / "damaged.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("results.json", json.dumps(list(range(200))))
+    content = bytearray(damaged.read_bytes())
+    content[60:100] = bytes(40)
+    damaged.write_bytes(content)
+    with pytest.raises(RunFolderError, match="cannot be read"):
+        import_results(damaged, cache_dir)
     broken = tmp_path / "broken.zip"
     broken.write_bytes(bomb.read_bytes().replace(b"results.json", b"results.jsoN", 1))
     with pytest.raises(RunFolderError, match="cannot be read"):
@@ -485,6 +492,19 @@ def test_results_that_could_not_be_written_are_told_before_anything_is_timed(
     monkeypatch.setattr(on_device.Kit, "run", lambda kit: pytest.fail("timed"))
     assert on_device.main(str(folder), ["--out", str(tmp_path / "nowhere" / "results.json")]) == 2
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_results_go_into_a_folder_that_is_named(
+    models: list[Path], cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, zipped = packed(models, cache_dir)
+    folder = unpacked(zipped, tmp_path / "board")
+    monkeypatch.setattr(on_device.Kit, "run", lambda kit: {"checks": []})
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    for out in (".", str(tmp_path)):
+        assert on_device.main(str(folder), ["--out", out]) == 0
+    assert (tmp_path / "there" / "results.json").is_file() and (tmp_path / "results.json").is_file()
 
 
 def test_a_provider_that_the_device_lacks_is_named_and_nothing_falls_back(
