@@ -25,6 +25,7 @@ import numpy as np
 from pipeline.algorithms import evolution
 from pipeline.progress import NoCheckpoint, Silent
 from pipeline.search import METHODS
+from pipeline.search.asng import Asng
 from pipeline.search.importance import Importance
 from pipeline.search.problem import SearchProblem
 from pipeline.settings import Settings
@@ -283,6 +284,7 @@ CONTESTANTS: dict[str, Contestant] = {
     OURS: of_catalogue("importance", Importance()),
     "importance (weights)": of_catalogue("importance", Importance(guide="weights")),
     ASNG: of_catalogue("asng", METHODS["asng"].config(), ASNG_FACTOR),
+    "asng (over budget too)": of_catalogue("asng", Asng(within_budget=False), ASNG_FACTOR),
     "random": of_catalogue("random", METHODS["random"].config()),
     "evolution per tier": of_catalogue("evolution", METHODS["evolution"].config()),
     "nsga2": of_catalogue("nsga2", METHODS["nsga2"].config()),

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.random import Generator
 
-from pipeline.algorithms import evolution
+from pipeline.algorithms import categorical, evolution
 from pipeline.algorithms.walk import in_band, walk_into_band
 from pipeline.errors import InfeasibleBudget
 from pipeline.search.problem import STAGE_POOL, SearchProblem
-from pipeline.types import FloatArray, IntArray
+from pipeline.types import BoolArray, FloatArray, IntArray
 
 
 class BandSampler:
@@ -44,6 +44,43 @@ class BandSampler:
     def draw_of(self, tiers_N: Sequence[int], rng: Generator) -> IntArray:
         """One member of the band of every tier listed, shape (N, S)."""
         return np.stack([self.members_KNS[k][rng.integers(len(self.members_KNS[k]))] for k in tiers_N])
+
+    def mixed_into(self, theta_KSC: FloatArray, weight: float) -> FloatArray:
+        """Distributions with so much of the bands' own frequencies of choices, shape (K, S, C)."""
+        num_choices = theta_KSC.shape[-1]
+        band_KSC = np.stack(
+            [categorical.one_hot(rows_NS, num_choices).mean(axis=0) for rows_NS in self.members_KNS]
+        )
+        return categorical.with_margin((1 - weight) * theta_KSC + weight * band_KSC, self._problem.sizes)
+
+    def draw_from(
+        self, theta_KSC: FloatArray, num: int, low: float, rng: Generator, rounds: int = 4
+    ) -> IntArray:
+        """`num` samples of every p_k that take `low` to 1 of its budget, by rejection, shape (K, num, S); the
+        band's own fill up where p_k has hardly any, and draw it back."""
+        num_tiers, num_slots = len(theta_KSC), len(self._problem.sizes)
+        found_KNS = np.empty((num_tiers, num, num_slots), dtype=np.int64)
+        count_K = np.zeros(num_tiers, dtype=np.int64)
+        for _ in range(rounds):
+            short = np.flatnonzero(count_K < num)
+            if not len(short):
+                break
+            drawn_TNS = categorical.sample(theta_KSC[short], 2 * num, rng)
+            fits_TN = self.fits(drawn_TNS.reshape(-1, num_slots), np.repeat(short, 2 * num), low)
+            for k, drawn_NS, fits_N in zip(
+                short.tolist(), drawn_TNS, fits_TN.reshape(len(short), -1), strict=True
+            ):
+                kept_NS = drawn_NS[fits_N][: num - count_K[k]]
+                found_KNS[k, count_K[k] : count_K[k] + len(kept_NS)] = kept_NS
+                count_K[k] += len(kept_NS)
+        for k in np.flatnonzero(count_K < num).tolist():
+            found_KNS[k, count_K[k] :] = self.draw_of([k] * (num - int(count_K[k])), rng)
+        return found_KNS
+
+    def fits(self, choices_NS: IntArray, tier_N: IntArray, low: float) -> BoolArray:
+        """Which rows take `low` to 1 of their tier's budget."""
+        usage_N = self._problem.usage_of(choices_NS)[np.arange(len(tier_N)), tier_N]
+        return np.asarray((usage_N >= low) & (usage_N <= 1.0))
 
     def _pool(self, pool_size: int) -> IntArray:
         sizes = self._problem.sizes

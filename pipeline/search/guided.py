@@ -140,12 +140,8 @@ class _Guide:
         self._drawn: tuple[FloatArray, IntArray] | None = None
 
     def init(self) -> Guided:
-        num_choices, weight = max(self.sizes), self.config.start
-        band_KSC = np.stack(
-            [categorical.one_hot(rows_NS, num_choices).mean(axis=0) for rows_NS in self.bands.members_KNS]
-        )
-        uniform_KSC = categorical.uniform(self.sizes, len(band_KSC))
-        theta_KSC = categorical.with_margin((1 - weight) * uniform_KSC + weight * band_KSC, self.sizes)
+        uniform_KSC = categorical.uniform(self.sizes, len(self.problem.tiers))
+        theta_KSC = self.bands.mixed_into(uniform_KSC, self.config.start)
         none, zero = np.zeros(0), np.asarray(0, dtype=np.int64)
         return Guided(
             *categorical.adaptive_start(theta_KSC),
@@ -257,32 +253,9 @@ class _Guide:
             self._drawn = (state.theta_KSC, drawn_KNS)
         return self._drawn[1]
 
-    def _within_budget(self, state: Guided, num: int, rng: Generator, rounds: int = 4) -> IntArray:
-        """`num` samples of every p_k that take `low` to 1 of its budget, by rejection, shape (K, num, S); the
-        band's own fill up where p_k has hardly any, and draw it back."""
-        num_tiers, num_slots = len(self.problem.tiers), len(self.sizes)
-        found_KNS = np.empty((num_tiers, num, num_slots), dtype=np.int64)
-        count_K = np.zeros(num_tiers, dtype=np.int64)
-        for _ in range(rounds):
-            short = np.flatnonzero(count_K < num)
-            if not len(short):
-                break
-            drawn_TNS = categorical.sample(state.theta_KSC[short], 2 * num, rng)
-            fits_TN = self._fits(drawn_TNS.reshape(-1, num_slots), np.repeat(short, 2 * num))
-            for k, drawn_NS, fits_N in zip(
-                short.tolist(), drawn_TNS, fits_TN.reshape(len(short), -1), strict=True
-            ):
-                kept_NS = drawn_NS[fits_N][: num - count_K[k]]
-                found_KNS[k, count_K[k] : count_K[k] + len(kept_NS)] = kept_NS
-                count_K[k] += len(kept_NS)
-        for k in np.flatnonzero(count_K < num).tolist():
-            found_KNS[k, count_K[k] :] = self.bands.draw_of([k] * (num - int(count_K[k])), rng)
-        return found_KNS
-
-    def _fits(self, choices_NS: IntArray, tier_N: IntArray) -> BoolArray:
-        """Which rows take `low` to 1 of their tier's budget."""
-        usage_N = self.problem.usage_of(choices_NS)[np.arange(len(tier_N)), tier_N]
-        return np.asarray((usage_N >= self.config.low) & (usage_N <= 1.0))
+    def _within_budget(self, state: Guided, num: int, rng: Generator) -> IntArray:
+        """Samples of every p_k, shape (K, num, S)."""
+        return self.bands.draw_from(state.theta_KSC, num, self.config.low, rng)
 
     def _promising(self, state: Guided, rng: Generator) -> IntArray:
         """The most promising architectures of every tier, shape (K, N, S). None twice, while there are
@@ -347,7 +320,7 @@ class _Guide:
             crossed_NS = evolution.cross(parents.choices_NS[litter], parents.choices_NS[mates_N], rng)
             mutant_NS = evolution.mutate(crossed_NS, self.sizes, MUTATION, rng)
             children_NS, tier_N = self.problem.canonical(mutant_NS), parents.tier_N[litter]
-            fits_N = self._fits(children_NS, tier_N)
+            fits_N = self.bands.fits(children_NS, tier_N, self.config.low)
             children_NS, tier_N = children_NS[fits_N], tier_N[fits_N]
             pool = pool.joined(tier_N, children_NS, surrogate.predict(model, children_NS))
         return pool
