@@ -407,11 +407,14 @@ def comparison_table(tiers: dict[str, Json]) -> str:
         for number, member in enumerate(shown):
             count = sum(other["role"] == member["role"] for other in result["all"])
             margin = result["margins"].get(member["role"])
+            name = member["name"] if count == 1 else f"best of {count} {member['name']}"
+            if member["role"] == SEARCHED and result.get("searched_origin") in (RANDOM, UNIFORM):
+                name += f", its {result['searched_origin']} finalist"
             rows.append(
                 [
                     tier if number == 0 else "",
                     format_value("latency_ms", result["budget_ms"]) if number == 0 else "",
-                    member["name"] if count == 1 else f"best of {count} {member['name']}",
+                    name,
                     f"{100 * member['use']:.1f} %",
                     format_value("params", member["params"]),
                     format_value("flops", member["flops"]),

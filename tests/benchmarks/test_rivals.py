@@ -228,7 +228,9 @@ def test_margins_are_between_test_accuracies() -> None:
     }
     table = comparison_table(tiers)
     assert "| best of 2 random | 97.0 % |" in table and "| +1.00 |" in table and "| -0.50 |" in table
-    assert "cpu/s: does not fit." in table
+    assert "cpu/s: does not fit." in table and "| searched | " in table
+    tiers["cpu/s"]["searched_origin"] = "uniform"
+    assert "| searched, its uniform finalist | " in comparison_table(tiers)
 
 
 def test_several_seeds_give_the_margin_an_interval() -> None:
