@@ -53,6 +53,10 @@ def test_work_is_told_in_the_method_s_own_units(tmp_path: Path) -> None:
     contended = run_of(tmp_path / "d", derive={"trial_epochs": 0, "contenders": 3}, retrain=taught)
     profile_stage(contended)
     assert "2 × 3 contenders of 3 epochs, 2 × 3 epochs of training, export" in outline.work(contended)
+    few = {"trial_epochs": 0, "contenders": 9, "best": 3, "random": 1, "uniform": 0}
+    contended = run_of(tmp_path / "e", derive=few, retrain={"epochs": 3})
+    profile_stage(contended)
+    assert "2 × 4 contenders of 3 epochs, export" in outline.work(contended)
     mixed = run_of(tmp_path / "b", space="nb201", method="darts", evaluator="relaxed")
     profile_stage(mixed)
     assert "2 steps of warm-up and 12 minibatches (darts by relaxed)" in outline.work(mixed)

@@ -41,8 +41,9 @@ def work(run: Run) -> str:
     warm_up = f"{search.warm_up} steps of warm-up and " if learns else ""
     finalists = derive.best + derive.random + derive.uniform
     parts = [f"{num_tiers} × {_epochs(config.retrain.epochs)} of training"]
-    if derive.contenders > 1:
-        full = f"{num_tiers} × {derive.contenders} contenders of {_epochs(config.retrain.epochs)}"
+    contenders = min(derive.contenders, finalists)
+    if contenders > 1:
+        full = f"{num_tiers} × {contenders} contenders of {_epochs(config.retrain.epochs)}"
         one_of_them_ships = config.retrain.distil is None
         parts = [full] if one_of_them_ships else [full, *parts]
     if config.epochs_of_trials:
