@@ -284,7 +284,9 @@ CONTESTANTS: dict[str, Contestant] = {
     OURS: of_catalogue("importance", Importance()),
     "importance (weights)": of_catalogue("importance", Importance(guide="weights")),
     ASNG: of_catalogue("asng", METHODS["asng"].config(), ASNG_FACTOR),
-    "asng (over budget too)": of_catalogue("asng", Asng(within_budget=False), ASNG_FACTOR),
+    "asng (over budget too)": of_catalogue(
+        "asng", Asng(within_budget=False, samples_per_tier=4, delta0=0.3), ASNG_FACTOR
+    ),
     "random": of_catalogue("random", METHODS["random"].config()),
     "evolution per tier": of_catalogue("evolution", METHODS["evolution"].config()),
     "nsga2": of_catalogue("nsga2", METHODS["nsga2"].config()),

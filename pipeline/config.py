@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -316,10 +316,16 @@ def _space(
         entry = space_entry(name)
     options = {k: v for k, v in suggested.items() if k in entry.settings.model_fields} | options
     if "lane" in entry.settings.model_fields:
-        options.setdefault("lane", math.lcm(*(profile.lane for profile in profiles)))
+        options.setdefault("lane", _lane_of_all([profile.lane for profile in profiles]))
     if "operations" in entry.settings.model_fields and "operations" not in options:
         options |= _operations_of_all(profiles, where)
     return PlugIn(name, parse_settings(entry.settings, options, f"{where}: space"))
+
+
+def _lane_of_all(lanes: Sequence[int]) -> int:
+    """One whose multiples fill everyone's lanes, unless it leaves few widths: then the largest."""
+    shared = math.lcm(*lanes)
+    return shared if shared <= 2 * max(lanes) else max(lanes)
 
 
 def _operations_of_all(profiles: tuple[DeviceProfile, ...], where: str) -> Json:

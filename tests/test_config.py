@@ -149,9 +149,12 @@ def test_a_budget_that_makes_no_sense_is_refused(limits: dict[str, str], message
 
 
 def test_several_profiles_keep_their_order_and_widths_are_whole_lanes_of_each() -> None:
-    config = parsed(profiles=[device("wide", lane=16), device("narrow", lane=12)])
+    config = parsed(profiles=[device("wide", lane=12), device("narrow", lane=8)])
     assert [profile.name for profile in config.profiles] == ["wide", "narrow"]
-    assert config.space.to_json()["lane"] == 48
+    assert config.space.to_json()["lane"] == 24
+    for lanes in ((16, 4), (16, 12), (64, 48)):
+        apart = parsed(profiles=[device(f"lane{lane}", lane=lane) for lane in lanes])
+        assert apart.space.to_json()["lane"] == lanes[0], "too few widths would be left"
 
 
 def test_several_profiles_share_what_all_of_them_allow() -> None:

@@ -46,6 +46,8 @@ def test_a_search_begins_where_another_ended_and_no_longer_needs_it(
     assert min(earlier, key=lambda row: row[1])[0] in seen
     shutil.rmtree(first_look)
     (out / "search" / "result.json").unlink()
+    (out / "costs" / "counts.json").unlink()
+    assert cli("profile", "--out", out).code == 0
     assert cli("search", "--out", out).code == 0
     assert [row[0] for row in read_json(out / "search" / "result.json")["candidates"]] == seen
 

@@ -77,18 +77,26 @@ def _check_feasible(tier: Tier, space: SearchSpace, table: CostTable, usable: fl
         least, excess = _cheapest(space, table, {metric: budgets[metric]})
         if excess > 1.0:
             reachable = format_value(metric, least[metric] / share * _SHOWN_MARGIN)
-            free = f" with {1 - share:.1%} to spare" if share < 1 else ""
             raise InfeasibleBudget(
                 f"tier '{tier.key}': {metric} of at most {_shown(limit)} was asked, and no network of space "
-                f"{space.name} is below {reachable}{free}; ask for at least that, or take a smaller space "
-                "(mbconv: space.size) or input"
+                f"{space.name} is below {reachable}{_to_spare(share)}; ask for at least that, or take a "
+                "smaller space (mbconv: space.size) or input"
             )
     asked = " and ".join(f"{limit.metric} of at most {_shown(limit)}" for limit in tier.limits)
     came = " with ".join(format_value(limit.metric, nearest[limit.metric]) for limit in tier.limits)
     raise InfeasibleBudget(
         f"tier '{tier.key}': its limits conflict: {asked} can each be kept, but not together; the nearest "
-        f"network found has {came}: loosen one of them"
+        f"network found has {came}{_to_be_kept(shares)}: loosen one of them"
     )
+
+
+def _to_spare(share: float) -> str:
+    return f" with {1 - share:.1%} to spare" if share < 1 else ""
+
+
+def _to_be_kept(shares: Mapping[str, float]) -> str:
+    share = shares.get(LATENCY, 1.0)
+    return f", and a latency is to be kept{_to_spare(share)}" if share < 1 else ""
 
 
 def _shown(limit: Limit) -> str:

@@ -173,9 +173,11 @@ def _roles(names: set[str]) -> dict[str, Split | None]:
 
 
 def _refuse_other_splits(root: Path, folders: Sequence[Path]) -> None:
-    """Two folders that are called like splits are no classes where they have the same folders in them, or one
-    has several and the other, as of images to be guessed, has none. Raises DataError."""
-    for split, other in combinations(sorted(f for f in folders if _is_like_a_split(f.name)), 2):
+    """Two folders that are called like different splits are no classes where they have the same folders in
+    them, or one has several and the other, as of images to be guessed, has none. Raises DataError."""
+    for split, other in combinations(sorted(f for f in folders if _split_in(f.name) is not None), 2):
+        if _split_in(split.name) == _split_in(other.name):  # classes that are numbered
+            continue
         inside, beside = ({f.name for f in _subfolders(folder)} for folder in (split, other))
         shared, either, names = inside & beside, inside | beside, f"'{split.name}' and '{other.name}'"
         if len(shared) > 1:
@@ -191,10 +193,11 @@ def _refuse_other_splits(root: Path, folders: Sequence[Path]) -> None:
         )
 
 
-def _is_like_a_split(name: str) -> bool:
-    """`test1`, `val_set`, `Training data`."""
-    words = re.split(r"[\W\d_]+|(?<=[a-z])(?=set$|data$)", name.lower())
-    return {word for word in words if word} - _BESIDE_A_SPLIT in [{split} for split in _LIKE_A_SPLIT]
+def _split_in(name: str) -> str | None:
+    """Which split a folder is called like: `test1`, `val_set`, `Training data`."""
+    words = {word for word in re.split(r"[\W\d_]+|(?<=[a-z])(?=set$|data$)", name.lower()) if word}
+    telling = words - _BESIDE_A_SPLIT
+    return telling.pop() if len(telling) == 1 and telling <= _LIKE_A_SPLIT else None
 
 
 def _classes(folders: Sequence[Path]) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from pipeline.artifacts import sha256_json
 from pipeline.run import Run
 from pipeline.stages.lineage import inputs_of_recipe
 from pipeline.train.recipe import Recipe
-from pipeline.types import Arch
+from pipeline.types import Arch, Json
 
 
 def trial_recipe(run: Run) -> Recipe:
@@ -37,14 +37,13 @@ def contender_path(run: Run, inputs: Mapping[str, str]) -> Path:
     return run.folder.path("search", "contenders", name)
 
 
-def seconds_of_trainings(run: Run) -> tuple[float, float]:
-    """Of all trials and of all contenders by the run's recipes, each once: whichever tiers they were for, and
+def trainings_of_finalists(run: Run) -> tuple[list[Json], list[Json]]:
+    """Records of all trials and of all contenders by the run's recipes, whichever tiers they were for, and
     whether or not one came to be a tier's network."""
-    in_full = _seconds_in(run, "contenders", contender_recipe(run))
-    return _seconds_in(run, "trials", trial_recipe(run)), in_full
+    return _made_by(run, "trials", trial_recipe(run)), _made_by(run, "contenders", contender_recipe(run))
 
 
-def _seconds_in(run: Run, kind: str, recipe: Recipe) -> float:
+def _made_by(run: Run, kind: str, recipe: Recipe) -> list[Json]:
     inputs, paths = inputs_of_recipe(run, recipe), run.folder.path("search", kind).glob("*.json")
     records = [record for path in paths if (record := run.folder.read_record(path)) is not None]
-    return sum(float(record["seconds"]) for record in records if inputs.items() <= record["inputs"].items())
+    return [record for record in records if inputs.items() <= record["inputs"].items()]

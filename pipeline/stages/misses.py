@@ -15,7 +15,7 @@ from pathlib import Path
 from pipeline.artifacts import read_json, sha256_json, write_json
 from pipeline.costs.table import LATENCY
 from pipeline.run import Run
-from pipeline.stages.records import hash_of_record, own_seconds, record_of, record_path
+from pipeline.stages.records import hash_of_record, record_of, record_path
 from pipeline.types import Json, Tier
 
 MOST = 0.2
@@ -71,12 +71,17 @@ def give_up(run: Run, tier: Tier, shipped_ms: float) -> None:
         "timed_ms": records["derive"]["timed"]["latency_ms"],
         "shipped_ms": shipped_ms,
         "costs": _costs_of(run, tier),
-        "seconds": {stage: own_seconds(record) for stage, record in records.items()},
+        "seconds": {stage: _own_seconds(record) for stage, record in records.items()},
     }
     misses = [*misses_of(run, tier), miss]
     for stage in stages:
         record_path(run, tier, stage).unlink(missing_ok=True)
     write_json(misses_path(run, tier), misses)
+
+
+def _own_seconds(record: Json) -> float:
+    """None where the weights that it has were trained for others, which still are there."""
+    return 0.0 if record.get("adopted") else float(record["seconds"])
 
 
 def misses_path(run: Run, tier: Tier) -> Path:

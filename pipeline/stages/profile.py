@@ -19,7 +19,7 @@ from pipeline.run import Clock, Run
 from pipeline.search.base import RELAXED
 from pipeline.spaces.base import Parted, SearchSpace, network_of_parts
 from pipeline.stages.lineage import current_costs, inputs_of_costs
-from pipeline.stages.records import earlier_search
+from pipeline.stages.records import copied_earlier, earlier_search
 from pipeline.types import Json, LatencyRecord, Tier
 
 
@@ -27,7 +27,7 @@ def profile_stage(run: Run) -> None:
     _refuse_unfit_space(run)
     if any(current_costs(run, profile) is None for profile in run.config.profiles):
         _refuse_miscounting(run.space)
-        if run.config.search.start_from is not None:
+        if run.config.search.start_from is not None and copied_earlier(run) is None:
             earlier_search(run)  # or it is told now that there is none
     waiting = Waiting()
     for profile in run.config.profiles:

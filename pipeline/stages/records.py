@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline.artifacts import RunFolder, sha256_file
+from pipeline.artifacts import RunFolder, sha256_file, sha256_json
 from pipeline.devices.profile import DeviceProfile
 from pipeline.errors import ConfigError, RunFolderError
 from pipeline.run import Run
@@ -44,6 +44,18 @@ def search_record(run: Run) -> Json:
     return run.done(search_path(run), "search")
 
 
+def earlier_path(run: Run) -> Path:
+    """What was copied of the run named by `search.start_from`, so that its folder may go."""
+    return run.folder.path("search", "earlier.json")
+
+
+def copied_earlier(run: Run) -> Json | None:
+    """None where nothing was copied yet, or of another run."""
+    kept = run.folder.read_record(earlier_path(run))
+    named = sha256_json(run.config.search.start_from)
+    return kept if kept is not None and kept["inputs"].get("start_from") == named else None
+
+
 def earlier_search(run: Run) -> Json:
     """What the run named by `search.start_from` found. Raises RunFolderError where that has not searched,
     ConfigError where it searched another space."""
@@ -80,11 +92,6 @@ def find_record(run: Run, tier: Tier, stage: str, inputs: Mapping[str, str] | No
     """What a stage left of a tier, None where it has not run. `inputs` are what it would be made from now:
     raises StaleArtifact where they were others."""
     return run.folder.read_record(record_path(run, tier, stage), inputs)
-
-
-def own_seconds(record: Json) -> float:
-    """Of the stage's own work for the tier: none where the weights that it has were trained for another."""
-    return 0.0 if record.get("adopted") else float(record["seconds"])
 
 
 def write_record(run: Run, tier: Tier, stage: str, record: Json, inputs: Mapping[str, str]) -> None:

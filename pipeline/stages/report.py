@@ -13,11 +13,10 @@ from pipeline.report import assemble
 from pipeline.report.html import render_report
 from pipeline.report.manifest import build_manifest, write_manifest
 from pipeline.run import Run, read_trace
-from pipeline.stages.finalists import seconds_of_trainings
+from pipeline.stages.finalists import trainings_of_finalists
 from pipeline.stages.misses import misses_of
 from pipeline.stages.records import (
     TIER_RECORDS,
-    own_seconds,
     record_of,
     record_path,
     samples_path,
@@ -88,14 +87,20 @@ def _trials(run: Run) -> list[tuple[Tier, list[Trial]]]:
 def _seconds_per_stage(run: Run) -> dict[str, float]:
     """Working time, interruptions left out. Trainings that ran side by side count each, one that several
     tiers share once: brief ones where they belong, those in full, contenders too, as retraining."""
-    of_trials, of_contenders = seconds_of_trainings(run)
-    trained = {"derive": of_trials, "retrain": of_contenders}
+    records = {stage: [record_of(run, tier, stage) for tier in run.tiers] for stage in TIER_RECORDS}
     seconds = {
         "profile": sum(run.costs_record(p.name)["seconds"] for p in run.config.profiles),
         "search": search_record(run)["seconds"],
+        **{stage: sum(record["seconds"] for record in of_tiers) for stage, of_tiers in records.items()},
     }
-    for stage in TIER_RECORDS:
-        given_up = sum(m["seconds"].get(stage, 0.0) for tier in run.tiers for m in misses_of(run, tier))
-        own = sum(own_seconds(record_of(run, tier, stage)) for tier in run.tiers)
-        seconds[stage] = given_up + own + trained.get(stage, 0.0)
+    trials, contenders = trainings_of_finalists(run)
+    if all("trained_seconds" in record for record in records["derive"]):  # else they are in its own seconds
+        seconds["derive"] += sum(trial["seconds"] for trial in trials)
+    in_full: dict[str, float] = {}
+    for record in [*records["retrain"], *contenders]:
+        in_full[record["sha256"]] = max(record["seconds"], in_full.get(record["sha256"], 0.0))
+    seconds["retrain"] = sum(in_full.values())
+    for miss in (miss for tier in run.tiers for miss in misses_of(run, tier)):
+        for stage, spent in miss["seconds"].items():
+            seconds[stage] += spent
     return {stage: round(value, 3) for stage, value in seconds.items()}

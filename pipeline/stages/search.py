@@ -17,6 +17,8 @@ from pipeline.search.problem import SearchProblem
 from pipeline.stages.lineage import inputs_of_evaluations, inputs_of_search
 from pipeline.stages.networks import fresh_evaluator
 from pipeline.stages.records import (
+    copied_earlier,
+    earlier_path,
     earlier_search,
     evaluator_path,
     search_path,
@@ -65,14 +67,11 @@ def _earlier(run: Run) -> tuple[Candidate, ...]:
     """What the run named by `search.start_from` looked at. It is read once, and kept beside this search, so
     that the other folder may go. Raises RunFolderError where that has not searched, ConfigError where it
     searched another space."""
-    named = run.config.search.start_from
-    if named is None:
+    if run.config.search.start_from is None:
         return ()
-    path = run.folder.path("search", "earlier.json")
-    if run.ranks.rank == 0:
-        kept = run.folder.read_record(path)
-        if kept is None or kept["inputs"].get("start_from") != sha256_json(named):
-            _copy_earlier(run, path)
+    path = earlier_path(run)
+    if run.ranks.rank == 0 and copied_earlier(run) is None:
+        _copy_earlier(run, path)
     content = run.ranks.from_first(path.read_bytes() if run.ranks.rank == 0 else b"")
     return tuple(
         Candidate(Arch(run.space.name, tuple(choices)), loss)

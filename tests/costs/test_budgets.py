@@ -126,6 +126,10 @@ def test_a_latency_is_to_be_kept_with_what_choosing_a_network_leaves_free() -> N
     (resolved,) = resolve(tier(latency=f"{advised} ms"), usable=0.98)
     assert resolved.budgets["latency_ms"] == float(advised)
     resolve(tier(params="0.1 k"), usable=0.98)
+    both = tier(params="0.14 k", latency="0.601 ms")
+    resolve(both)
+    with pytest.raises(InfeasibleBudget, match=r"0\.600 ms, and a latency is to be kept with 2\.0% to spare"):
+        resolve(both, usable=0.98)
 
 
 def test_networks_are_judged_by_the_costs_that_choose_them() -> None:

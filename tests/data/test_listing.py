@@ -111,6 +111,10 @@ def test_a_class_may_be_called_like_a_split_and_classes_may_have_the_same_folder
 ) -> None:
     root = make_folder(classes=("bus", "train", "test"))
     assert listing.scan(root).classes == ("bus", "test", "train")
+    numbered = (
+        make_folder(classes=("left", "right"), parts=("numbered/Test 1", "numbered/Test 2")) / "numbered"
+    )
+    assert listing.scan(numbered).classes == ("Test 1", "Test 2")
     years = make_folder(classes=("2019", "2020"), parts=("deep/owl", "deep/train")) / "deep"
     assert listing.scan(years).classes == ("owl", "train")
 
