@@ -45,6 +45,8 @@ def seed_of(**changed: object) -> Json:
     numbers: Json = {
         "seed": 0,
         "seconds": 120.0,
+        "found_after": 7,
+        "found_seconds": 80.0,
         "seconds_alone": [60.0, 60.0],
         "tiers": [
             {"tier": "s", TOGETHER: 90.0, "alone": 91.0, "as_good_after": 30, "as_good_seconds": 90.0},
@@ -83,7 +85,7 @@ def test_an_excess_is_above_the_best_of_all_arms_at_equal_evaluations() -> None:
     assert found[TOGETHER]["4"] == pytest.approx((0.4 - floors[0] + 0.2 - floors[1]) / 2)
     assert found[ASNG]["2"] == pytest.approx((0.8 - floors[0] + 0.6 - floors[1]) / 2)
     assert found[ASNG]["4"] == pytest.approx((0.3 - floors[0] + 0.6 - floors[1]) / 2)
-    assert set(found[ASNG]) == {"1", "2", "4", "12"} and set(found[TOGETHER]) == {"1", "2", "4"}
+    assert set(found[ASNG]) == {"1", "2", "4", "24"} and set(found[TOGETHER]) == {"1", "2", "4"}
     assert found[ASNG]["1"] is None, "a quarter of four leaves none for a tier"
 
 
@@ -121,6 +123,9 @@ def test_gain_is_a_mean_over_tiers_and_time_against_one_that_is_as_good() -> Non
         and "| l | 93.00 | 92.00 | +1.00 | > all |" in shown
     )
     assert "| asng per tier | 0.3000 | – | 0.0200 |" in shown
+    assert (
+        "it took 1.20 times as long, and until it had what it ends with, after 7 evaluations: 0.80." in shown
+    )
 
 
 def test_what_misses_its_target() -> None:
@@ -213,6 +218,7 @@ def test_a_seed_from_end_to_end_and_again_from_what_is_kept(
         assert all(usage is None or usage <= 1 for usage in tier["usage"])
         assert tier[TOGETHER] is None or 0 < tier[TOGETHER] <= 100
     assert numbers["seconds"] > 0 and set(numbers["excess"]) == set(bench.ARMS)
+    assert 0 < numbers["found_after"] <= 24 and 0 < numbers["found_seconds"] <= numbers["seconds"] + 0.01
 
     def nothing(*asked: object, **options: object) -> None:
         raise AssertionError("all of it is kept")
