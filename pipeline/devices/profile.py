@@ -60,8 +60,9 @@ class DeviceProfile(Settings):
     `provider` is an execution provider of ONNX Runtime (short or full name), or `none` for no device at
     all. `threads: null` means every core the process may use. `measured: elsewhere` is a device that is not
     this machine: what is to be timed travels there in a kit (`pipeline.devices.kit`). `lane` is the block
-    of channels that the device computes at a time: widths are multiples of it. `operations` names the block
-    types a space may use; None leaves it to the space. A `precision` below fp32 gives every tier a second
+    of channels that the device computes at a time: widths are multiples of it, or of a block for all profiles
+    of a run. `operations` names the block types a space may use, in a run with several profiles those that
+    all of them name; None leaves it to the space. A `precision` below fp32 gives every tier a second
     file, which is its answer where it is faster and loses no more than is allowed (`pipeline.deploy.answer`);
     `int8` says how it is made."""
 

@@ -123,8 +123,8 @@ def _refused(run: Run, tier: Tier, record: Json, latencies: Latencies) -> Budget
         return None
     chosen_in = run.profile(tier.device).timed_precision
     unfit = None if chosen_in == "fp32" else record_of(run, tier, "export")["lower"]["refusal"]
-    judged_by_lower = chosen_in != "fp32" and unfit is None
-    measured = (record["lower"] if judged_by_lower else record)["measured"]
+    judged = record if chosen_in == "fp32" or unfit is not None else record["lower"]
+    measured = judged["measured"]
     for metric, limit in tier.budgets.items():
         if measured[metric] > limit:
             if unfit is not None and record["lower"]["latency"] is not None:

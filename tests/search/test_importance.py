@@ -142,6 +142,22 @@ def test_distributions_of_the_result_are_distributions() -> None:
     assert (theta > 0).all() and categorical.entropy(theta).max() < 0.95
 
 
+@pytest.mark.parametrize("within", [True, False])
+def test_asng_evaluates_nothing_over_its_budget_unless_told_to(within: bool) -> None:
+    problem = toy(3, 0, 120)
+    config = parse_settings(METHODS["asng"].config, {"within_budget": within}, "run.yaml")
+    asked: list[float] = []
+
+    class Noting(TabularEvaluator):
+        def losses(self, archs: Any, *, step: int, thorough: bool = False) -> Any:
+            asked.extend(problem.usage(archs).min(axis=1).tolist())
+            return super().losses(archs, step=step, thorough=thorough)
+
+    noting = Noting(ROWS, problem.evaluator.losses(problem.archs(ROWS), step=0)[:, 0], 0.0, 0)
+    search(replace(problem, evaluator=noting), config, "asng")
+    assert (max(asked) <= 1) == within, "the largest tier's budget"
+
+
 def test_with_a_surrogate_it_beats_independent_runs_and_chance_at_a_third_of_their_evaluations() -> None:
     ours = mean_regret("importance", Importance(), 80)
     assert ours < mean_regret("asng", METHODS["asng"].config(), 240)
