@@ -31,6 +31,7 @@ from pipeline.stages import derive as derive_module
 from pipeline.stages.lineage import inputs_of_tier
 from pipeline.stages.misses import misses_of
 from pipeline.stages.records import TIER_RECORDS
+from pipeline.stages.report import report_stage
 from pipeline.types import Json, LatencyRecord
 
 RECORDS = ("arch", "train", "export", "measure")
@@ -572,6 +573,11 @@ def test_a_network_that_ships_slower_than_it_was_chosen_for_makes_room_for_anoth
         last_training + others + miss["seconds"]["retrain"], abs=0.01
     ), "what was given up was paid for"
     assert cli("run", described, "--out", root).code == 0, "done is done"
+    shared = json.loads((root / "cpu" / "l" / "train.json").read_text())["sha256"]
+    (folder / "misses.json").write_text(json.dumps([miss | {"weights": shared}]))
+    assert report_stage(run)["stages"]["retrain"] == pytest.approx(last_training + others, abs=0.01), (
+        "but once, where another tier has it still"
+    )
     costs = root / "costs" / "cpu.json"
     costs.write_text(costs.read_text() + "\n")
     assert not misses_of(run, run.tiers[0]), "nor does a device that was measured again hold them against it"

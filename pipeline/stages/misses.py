@@ -23,7 +23,8 @@ MOST = 0.2
 
 def misses_of(run: Run, tier: Tier) -> list[Json]:
     """The networks that were given up since the device was measured, oldest first: `key`, what it took
-    (`timed_ms`) when chosen and (`shipped_ms`) when finished, and the seconds spent on it per stage."""
+    (`timed_ms`) when chosen and (`shipped_ms`) when finished, the hash of its `weights`, which others may
+    have, and the seconds spent on it per stage."""
     path = misses_path(run, tier)
     costs = _costs_of(run, tier)
     return [miss for miss in read_json(path) if miss.get("costs") == costs] if path.exists() else []
@@ -71,17 +72,13 @@ def give_up(run: Run, tier: Tier, shipped_ms: float) -> None:
         "timed_ms": records["derive"]["timed"]["latency_ms"],
         "shipped_ms": shipped_ms,
         "costs": _costs_of(run, tier),
-        "seconds": {stage: _own_seconds(record) for stage, record in records.items()},
+        "weights": records["retrain"]["sha256"],
+        "seconds": {stage: float(record["seconds"]) for stage, record in records.items()},
     }
     misses = [*misses_of(run, tier), miss]
     for stage in stages:
         record_path(run, tier, stage).unlink(missing_ok=True)
     write_json(misses_path(run, tier), misses)
-
-
-def _own_seconds(record: Json) -> float:
-    """None where the weights that it has were trained for others, which still are there."""
-    return 0.0 if record.get("adopted") else float(record["seconds"])
 
 
 def misses_path(run: Run, tier: Tier) -> Path:

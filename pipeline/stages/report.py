@@ -96,11 +96,10 @@ def _seconds_per_stage(run: Run) -> dict[str, float]:
     trials, contenders = trainings_of_finalists(run)
     if all("trained_seconds" in record for record in records["derive"]):  # else they are in its own seconds
         seconds["derive"] += sum(trial["seconds"] for trial in trials)
-    in_full: dict[str, float] = {}
-    for record in [*records["retrain"], *contenders]:
-        in_full[record["sha256"]] = max(record["seconds"], in_full.get(record["sha256"], 0.0))
-    seconds["retrain"] = sum(in_full.values())
+    in_full = {record["sha256"]: record["seconds"] for record in [*records["retrain"], *contenders]}
     for miss in (miss for tier in run.tiers for miss in misses_of(run, tier)):
-        for stage, spent in miss["seconds"].items():
-            seconds[stage] += spent
+        in_full.setdefault(miss.get("weights", miss["key"]), miss["seconds"]["retrain"])
+        for stage in ("derive", "export"):
+            seconds[stage] += miss["seconds"][stage]
+    seconds["retrain"] = sum(in_full.values())
     return {stage: round(value, 3) for stage, value in seconds.items()}
