@@ -1,11 +1,11 @@
 """Each tier's network beside what one could have had without searching, at the same latency and recipe.
 
-For every tier of a finished run:
+For every tier of a run that has been derived:
 
 - random: members of the space drawn uniformly among those predicted to use 93 to 100 % of the budget, the
   first three that keep it when timed; the best on the architecture split counts, as a user would choose.
   With `--random paid` as many as can be trained in the time that search and derive took for the tier, and
-  never fewer than three;
+  never fewer than three; a training takes what the tier's own took in the run;
 - uniform: members that make the same choice everywhere, nearest under the budget by prediction, the first
   two that keep it when timed (further below where none is in that band; `use` says); again the better one;
 - MobileNetV2-like: benchmarks/mobilenet.py, the widest that keeps the budget when timed.
@@ -16,8 +16,8 @@ With `--contenders N` the searched network is the best of the tier's N best fina
 All are timed on the run's device against the run's reference network, untrained, and may use the budget to
 the full, whereas the searched network left `derive.guard` of it free. All are trained by the run's recipe
 from scratch, without distillation (`--epochs` changes it for all, the searched network included; a searched
-network that was trained exactly so is taken from the run). Nothing is chosen by the test split. Results are
-kept per network: the same command goes on where it stopped.
+network that the finished run has trained exactly so is taken from there). Nothing is chosen by the test
+split. Results are kept per network: the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -54,13 +54,12 @@ from pipeline.costs.counts import module_flops, module_params
 from pipeline.derive import Trial, in_order
 from pipeline.devices.hardware import usable_cores
 from pipeline.engine import Engine, InProcess, Processes
-from pipeline.errors import ConfigError, InfeasibleBudget, RunFolderError
-from pipeline.report.manifest import MANIFEST, read_manifest
+from pipeline.errors import ConfigError, InfeasibleBudget
 from pipeline.run import Run, open_run, prepare_compute
 from pipeline.spaces.base import SearchSpace
 from pipeline.spaces.mbconv import Plan
 from pipeline.stages.jobs import share_of
-from pipeline.stages.records import arch_of, record_of
+from pipeline.stages.records import arch_of, find_record, record_of, search_record
 from pipeline.train.assess import assess
 from pipeline.train.recipe import Recipe
 from pipeline.train.retrain import retrain, seeded
@@ -287,9 +286,12 @@ class Gym:
             entrant, seed
         ):
             return
+        measure = find_record(self.run, tier, "measure")
+        if measure is None:
+            return
         train = record_of(self.run, tier, "retrain")
         export = record_of(self.run, tier, "export")
-        measured = record_of(self.run, tier, "measure")["measured"]
+        measured = measure["measured"]
         record = {
             "architecture": train["accuracy"],
             "test": 100 * export["accuracy"]["test"],
@@ -490,7 +492,7 @@ def paid_members(run: Run, tier: Tier, recipe: Recipe, contenders: int) -> int:
     """How many networks could be trained instead of the contenders that the run itself did not train, and in
     the tier's share of the search and what deriving it took, as many at a time as the run trained by default,
     at least `RANDOM_MEMBERS`; a training takes what the tier's own network took."""
-    search_s = float(read_manifest(run.folder.root)["stages"]["search"])
+    search_s = float(search_record(run)["seconds"])
     derive = record_of(run, tier, "derive")
     at_once = share_of(replace(run, workers=None), len(usable_cores())).workers
     alone_s = at_once * (search_s / len(run.tiers) + float(derive["seconds"])) + float(
@@ -524,7 +526,9 @@ def _one_or_more(text: str) -> int:
 
 def arguments() -> Namespace:
     parser = parser_for("rivals", __doc__, "--run-folder exports/cifar10 --json rivals-cifar10.json")
-    parser.add_argument("--run-folder", type=Path, required=True, metavar="FOLDER", help="a finished run")
+    parser.add_argument(
+        "--run-folder", type=Path, required=True, metavar="FOLDER", help="a run, derived at least"
+    )
     parser.add_argument("--work", type=Path, metavar="DIR", help="default: FOLDER-rivals, beside FOLDER")
     parser.add_argument("--epochs", type=float, help="for all networks; default: as the run's recipe")
     parser.add_argument("--tiers", help="names with commas between; default: all")
@@ -556,8 +560,6 @@ def main() -> bool:
 
     evidence = Evidence("rivals")
     folder: Path = asked.run_folder.resolve()
-    if not (folder / MANIFEST).is_file():
-        raise RunFolderError(f"{asked.run_folder}: holds no finished run; finish it with `budgetline run`")
     run = open_run(folder, None, progress_for(Console(stderr=True)))
     run.workers = asked.workers
     prepare_compute(run)

@@ -29,6 +29,7 @@ from pipeline.derive import Finalist, Trial
 from pipeline.progress import Silent
 from pipeline.run import Run
 from pipeline.spaces.mbconv import MBConvSettings, MBConvSpace
+from pipeline.stages.records import search_path
 from pipeline.train.recipe import Distil, Recipe
 from pipeline.types import Arch, FloatArray, Limit, Tier
 
@@ -174,6 +175,8 @@ def test_the_searched_network_is_taken_from_the_run_only_under_the_same_recipe_a
         ("export", {"accuracy": {"test": 0.9}}),
         ("measure", {"measured": {"params": 10, "flops": 20}}),
     ):
+        gym.take_from_run(TIER, searched, seed=0)
+        assert gym.known(searched, 0) is None, "the tier is not finished"
         run.folder.write_record(run.tier_path(TIER, f"{name}.json"), record, {})
     longer = Gym(run, gym.work, comparable_recipe(gym.recipe, 2))
     longer.take_from_run(TIER, searched, seed=0)
@@ -244,8 +247,8 @@ def test_as_many_random_members_as_the_search_would_have_paid_for(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rivals, "usable_cores", lambda: [0, 1])
-    monkeypatch.setattr(rivals, "read_manifest", lambda root: {"stages": {"search": 100.0}})
     other, inputs = replace(TIER, name="m"), {"x": sha256_json(1)}
+    run.folder.write_record(search_path(run), {"seconds": 100.0}, inputs)
     for tier, derive_s, trained_s in ((TIER, 40.0, 120.0), (other, 200.0, 0.0)):
         arch = {"arch": run.space.smallest.to_json(), "seconds": derive_s, "trained_seconds": trained_s}
         run.folder.write_record(run.tier_path(tier, "arch.json"), arch, inputs)
