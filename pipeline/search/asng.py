@@ -27,7 +27,7 @@ class Asng(StepSettings):
     within_budget: bool = True
     """Samples take `low` to all of their tier's budget, by rejection, and distributions begin with `start` of
     the band's own frequencies of choices: both as in `importance`."""
-    low: float = Field(default=0.5, ge=0, lt=1)
+    low: float = Field(default=0.8, ge=0, lt=1)
     start: float = Field(default=0.3, ge=0, le=1)
 
 

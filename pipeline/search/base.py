@@ -46,7 +46,7 @@ class SearchMethod(NamedTuple):
     `suggests(config)` gives what a run gets where it states nothing else: the name of an `evaluator`,
     settings of the `space`, as far as it has them, `warm_up`, and `evaluations` of each tier. One that
     `warm_starts` begins with what an earlier search liked. `asks(config, K)` is how many architectures one
-    that samples asks for in an iteration for K tiers."""
+    that samples asks for in an iteration for K tiers, where the evaluator trains in it."""
 
     config: type[Settings]
     run: Run

@@ -31,7 +31,8 @@ from pipeline.types import BoolArray, FloatArray, IntArray, Json, Slot
 class GuideSettings(Settings):
     """How the surrogate guides."""
 
-    samples_per_tier: int = Field(default=2, ge=1)
+    samples_per_tier: int | None = Field(default=None, ge=1)
+    """None: one where answers are fixed, so that every choice knows all answers; else two."""
     optimism: float = Field(default=0.5, ge=0)
     virtual_samples: int = Field(default=64, ge=4)
     """Samples per tier whose losses are predicted in an iteration."""
@@ -44,7 +45,7 @@ class GuideSettings(Settings):
     what has answered best within its budget: the best of many noisy answers is mostly a lucky one."""
     memory: int = Field(default=800, ge=16)
     """The latest so many evaluations are remembered."""
-    low: float = Field(default=0.5, ge=0, lt=1)
+    low: float = Field(default=0.8, ge=0, lt=1)
     """Samples take this share of the budget at least, while such are found."""
     start: float = Field(default=0.3, ge=0, le=1)
     """Weight of the band's own frequencies of choices in the first distributions; the rest is uniform."""
@@ -54,6 +55,8 @@ class GuideSettings(Settings):
     quantile: float = Field(default=0.25, gt=0, le=0.5)
 
 
+SEVERAL = 2
+"""Samples per tier where answers drift or are noisy."""
 PARENTS = 8
 """Of a tier, in every generation."""
 MUTATION = 0.15
@@ -122,7 +125,7 @@ def sampler(problem: SearchProblem, config: GuideSettings) -> tuple[Sampler[Guid
     iteration has a single evaluation and answers drift: they are compared within an iteration."""
     bands = BandSampler(problem)
     guide = _Guide(problem, config, bands)
-    if guide.drifts and config.samples_per_tier * len(problem.tiers) == 1:
+    if guide.drifts and guide.samples_per_tier * len(problem.tiers) == 1:
         raise ConfigError(
             "importance: with train_in_search and one tier, surrogate.samples_per_tier must be 2 or more: "
             "losses are compared with others of the same step"
@@ -136,6 +139,7 @@ class _Guide:
         self.sizes = problem.sizes
         self.favourites_KNS = favourites(problem)
         self.drifts = problem.evaluator.trains and not problem.is_frozen
+        self.samples_per_tier = config.samples_per_tier or (1 if problem.answers_are_fixed else SEVERAL)
         self._model: tuple[FloatArray, Surrogate] | None = None
         self._drawn: tuple[FloatArray, IntArray] | None = None
 
@@ -154,7 +158,7 @@ class _Guide:
         )
 
     def ask(self, state: Guided, rng: Generator) -> IntArray:
-        num = self.config.samples_per_tier
+        num = self.samples_per_tier
         if self._too_few(state):
             chosen_KNS = self._first(state, num, rng)
         else:
@@ -261,7 +265,7 @@ class _Guide:
         """The most promising architectures of every tier, shape (K, N, S). None twice, while there are
         others, unless answers drift or one is to be confirmed: where they are noisy, a neighbour says as much
         of the known one as asking it again, and more of others."""
-        model, num, num_tiers = self._surrogate(state), self.config.samples_per_tier, len(self.problem.tiers)
+        model, num, num_tiers = self._surrogate(state), self.samples_per_tier, len(self.problem.tiers)
         pool = self._bred(self._pool(state, model, rng), model, rng)
         enough = max(SHORTLIST, num * num_tiers)  # where the other tiers choose first, some are left
         pool = pool.take(pool.leaders(enough, last_N=pool.known_N))
@@ -277,9 +281,9 @@ class _Guide:
         return self._with_the_best_so_far(state, chosen_KNS) if self._confirms(state) else chosen_KNS
 
     def _confirms(self, state: Guided) -> bool:
-        evaluator, config = self.problem.evaluator, self.config
+        evaluator = self.problem.evaluator
         is_noise = evaluator.noisy and not evaluator.trains
-        return is_noise and config.samples_per_tier > 1 and int(state.told) >= config.confirm_after
+        return is_noise and self.samples_per_tier > 1 and int(state.told) >= self.config.confirm_after
 
     def _with_the_best_so_far(self, state: Guided, chosen_KNS: IntArray) -> IntArray:
         """What has the least mean answer within a tier's budget takes its last place, once for all tiers."""

@@ -79,7 +79,10 @@ class Importance(Settings):
 
     @property
     def samples_per_tier(self) -> int:
-        return (self.surrogate if self.uses_surrogate else self.weights).samples_per_tier
+        """In an iteration in which the evaluator trains."""
+        if self.uses_surrogate:
+            return self.surrogate.samples_per_tier or guided.SEVERAL
+        return self.weights.samples_per_tier
 
 
 class Distributions(NamedTuple):

@@ -159,15 +159,15 @@ def test_asng_evaluates_nothing_over_its_budget_unless_told_to(within: bool) -> 
 
 
 def test_with_a_surrogate_it_beats_independent_runs_and_chance_at_a_third_of_their_evaluations() -> None:
-    ours = mean_regret("importance", Importance(), 80)
-    assert ours < mean_regret("asng", METHODS["asng"].config(), 240)
-    assert ours < mean_regret("random", METHODS["random"].config(), 240)
-    assert ours < 0.1
+    ours = mean_regret("importance", Importance(), 40)
+    assert ours < mean_regret("asng", METHODS["asng"].config(), 120)
+    assert ours < mean_regret("random", METHODS["random"].config(), 120)
+    assert ours < 0.05
 
 
-def test_with_weights_it_beats_independent_runs() -> None:
-    config = Importance(guide="weights")
-    assert mean_regret("importance", config, 300) < mean_regret("asng", METHODS["asng"].config(), 300)
+def test_with_weights_it_beats_independent_runs_as_published() -> None:
+    config, independent = Importance(guide="weights"), METHODS["asng"].config(within_budget=False)
+    assert mean_regret("importance", config, 300) < mean_regret("asng", independent, 300)
 
 
 def test_noise_does_not_lead_it_astray() -> None:
@@ -183,7 +183,7 @@ def test_what_answered_best_is_asked_again_where_answers_are_noisy(noise: float)
         result = search(toy(3, 0, evaluations, noise), config)
         return sum(candidate.evaluations - 1 for candidate in result.candidates)
 
-    num = 3 * config.surrogate.samples_per_tier
+    num = 3 * (2 if noise else 1)
     drawn = num * math.ceil(config.surrogate.first_evaluations / num)
     assert asked_again(60) == asked_again(drawn)
     rounds_after = (150 - 60) / num
