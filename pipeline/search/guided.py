@@ -40,9 +40,10 @@ class GuideSettings(Settings):
     """How often a tier's best are bred on predictions."""
     first_evaluations: int = Field(default=20, ge=2)
     """Evaluations before the surrogate is believed."""
-    confirm_after: int = Field(default=100, ge=0)
-    """Evaluations after which, where answers are noisy, one of each tier's several samples asks again for
-    what has answered best within its budget: the best of many noisy answers is mostly a lucky one."""
+    confirm_after: int = Field(default=100, ge=1)
+    """Where answers are noisy, every so many evaluations each tier's best by mean answer (as many as it has
+    samples) need one answer more, and are asked again in place of new ones until they have it: the best of
+    many noisy answers is mostly a lucky one."""
     memory: int = Field(default=800, ge=16)
     """The latest so many evaluations are remembered."""
     low: float = Field(default=0.8, ge=0, lt=1)
@@ -286,17 +287,21 @@ class _Guide:
         return is_noise and self.samples_per_tier > 1 and int(state.told) >= self.config.confirm_after
 
     def _with_the_best_so_far(self, state: Guided, chosen_KNS: IntArray) -> IntArray:
-        """What has the least mean answer within a tier's budget takes its last place, once for all tiers."""
+        """Of each tier's best so far those that have answered too seldom take its last places, once for all
+        tiers."""
         rows_NS, index_E = np.unique(state.choices_ES, axis=0, return_inverse=True)
         index_E = index_E.reshape(-1)
-        mean_N = np.bincount(index_E, state.losses_E) / np.bincount(index_E)
-        answer_NK = np.where(self.problem.usage_of(rows_NS) <= 1, mean_N[:, None], np.inf)
+        answers_N = np.bincount(index_E)
+        mean_N = np.bincount(index_E, state.losses_E) / answers_N
+        seldom_N = answers_N < 1 + state.told / self.config.confirm_after
+        loss_NK = np.where(self.problem.usage_of(rows_NS) <= 1, mean_N[:, None], np.inf)
         confirmed: set[int] = set()
-        for chosen_NS, answer_N in zip(chosen_KNS, answer_NK.T, strict=True):
-            best = int(answer_N.argmin())
-            if best not in confirmed and np.isfinite(answer_N[best]):
-                chosen_NS[-1] = rows_NS[best]
-                confirmed.add(best)
+        for chosen_NS, loss_N in zip(chosen_KNS, loss_NK.T, strict=True):
+            num = len(chosen_NS)
+            best = [n for n in loss_N.argsort(kind="stable")[:num].tolist() if np.isfinite(loss_N[n])]
+            again = [n for n in best if seldom_N[n] and n not in confirmed]
+            chosen_NS[num - len(again) :] = rows_NS[again]
+            confirmed.update(again)
         return chosen_KNS
 
     def _pool(self, state: Guided, model: Surrogate, rng: Generator) -> Pool:

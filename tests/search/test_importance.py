@@ -191,6 +191,25 @@ def test_what_answered_best_is_asked_again_where_answers_are_noisy(noise: float)
     assert again >= rounds_after if noise else again == 0
 
 
+def test_the_two_best_are_asked_again_until_they_have_answered_often_enough() -> None:
+    """Of 22 evaluations 1 + 22 / 20 answers are wanted, more than two, so they are asked twice."""
+    problem = toy(1, 0, 600, noise=0.5)
+    config = parse_settings(Importance, {"surrogate": {"confirm_after": 20}}, "test")
+    sampler, _ = guided.sampler(problem, config.surrogate)
+    rng, state, answers = np.random.default_rng(0), sampler.init(), dict[tuple[int, ...], float]()
+    asked: list[list[tuple[int, ...]]] = []
+    for _ in range(13):
+        rows = sampler.ask(state, rng)
+        asked.append([tuple(row) for row in rows.tolist()])
+        losses = np.array([answers.setdefault(row, float(len(answers))) for row in asked[-1]])
+        state = sampler.tell(state, rows, losses, problem.usage_of(rows), rng)
+    best = sorted(answers, key=answers.__getitem__)[:2]
+    first = {row for rows in asked[:10] for row in rows}
+    assert asked[0] == best and len(first) == 20
+    assert set(asked[10]) == set(asked[11]) == set(best)
+    assert not first & set(asked[12]), "new ones"
+
+
 def test_few_remembered_evaluations_are_believed_all_the_same() -> None:
     """`first_evaluations` counts all that were made, also those that are no longer remembered."""
     problem = toy(2, 0, 100)
