@@ -191,6 +191,24 @@ def test_what_answered_best_is_asked_again_where_answers_are_noisy(noise: float)
     assert again >= rounds_after if noise else again == 0
 
 
+@pytest.mark.parametrize(("trains", "in_search"), [(False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_a_tier_has_one_sample_where_answers_are_fixed_and_two_elsewhere(
+    noise: float, trains: bool, in_search: bool
+) -> None:
+    """Answers of a supernet are fixed once it learns no more, as noisy as they are."""
+
+    class Learner(TabularEvaluator):
+        trains = True
+
+    kind = Learner if trains else TabularEvaluator
+    evaluator = kind(ROWS, np.arange(float(len(ROWS))), noise, 0)
+    problem = replace(toy(3, 0, 60), evaluator=evaluator, train_in_search=in_search)
+    sampler, _ = guided.sampler(problem, Importance().surrogate)
+    fixed = not in_search or not (trains or noise)
+    assert len(sampler.ask(sampler.init(), np.random.default_rng(0))) == (3 if fixed else 6)
+
+
 def test_the_two_best_are_asked_again_until_they_have_answered_often_enough() -> None:
     """Of 22 evaluations 1 + 22 / 20 answers are wanted, more than two, so they are asked twice."""
     problem = toy(1, 0, 600, noise=0.5)
