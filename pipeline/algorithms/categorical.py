@@ -33,18 +33,21 @@ def valid_choices(sizes: Sequence[int]) -> FloatArray:
 
 
 def one_hot(choices_NS: IntArray, num_choices: int) -> FloatArray:
-    """Choices as indicator rows, shape (N, S, C)."""
-    return np.asarray(choices_NS[:, :, None] == np.arange(num_choices), dtype=float)
+    """Choices as indicator rows, shape (..., S, C)."""
+    return np.asarray(choices_NS[..., None] == np.arange(num_choices), dtype=float)
 
 
 def sample(theta_KSC: FloatArray, num_samples: int, rng: Generator) -> IntArray:
     """`num_samples` draws from each of the K distributions, shape (K, num_samples, S)."""
-    num_distributions, num_slots, _ = theta_KSC.shape
+    num_distributions, num_slots, num_choices = theta_KSC.shape
     cumulative_KSC = np.cumsum(theta_KSC, axis=2)
     total_K1S = cumulative_KSC[:, None, :, -1]
     draws_KNS = rng.random((num_distributions, num_samples, num_slots)) * total_K1S
     draws_KNS = np.minimum(draws_KNS, np.nextafter(total_K1S, 0.0))
-    return np.asarray((draws_KNS[..., None] >= cumulative_KSC[:, None]).sum(axis=3), dtype=np.int64)
+    choices_KNS = np.zeros(draws_KNS.shape, dtype=np.int64)
+    for choice in range(num_choices):
+        choices_KNS += draws_KNS >= cumulative_KSC[:, None, :, choice]
+    return choices_KNS
 
 
 def log_prob(theta_KSC: FloatArray, choices_NS: IntArray) -> FloatArray:
@@ -76,34 +79,47 @@ def entropy(theta_KSC: FloatArray) -> FloatArray:
     return np.asarray((-terms_KSC.sum(axis=2) / most_S).mean(axis=1))
 
 
-def quantile_utility(values_N: FloatArray, weights_N: FloatArray, share: float = 0.25) -> FloatArray:
-    """Weight × utility of each sample, shape (N,), lower values being better; sums to 0.
+def quantile_utility(values_KN: FloatArray, weights_KN: FloatArray, share: float = 0.25) -> FloatArray:
+    """Weight × utility of each sample, shape (K, N), lower values being better; every row sums to 0.
 
-    Samples line up by value along [0, 1], each as wide as its share of the weight; the best `share` of that
-    line is worth +1/share, the worst −1/share. `share` is rounded up to whole samples of those that weigh
-    anything, so equal weights give ASNG's utility. Equal values split what their stretch is worth by weight;
-    all equal give 0."""
-    num_samples = np.count_nonzero(weights_N)
-    share = np.ceil(share * num_samples) / num_samples
-    _, block_N = np.unique(values_N, return_inverse=True)
-    mass_B = np.bincount(block_N, weights_N) / weights_N.sum()
-    worth_B = np.diff(_cumulative_worth(np.concatenate([[0.0], np.cumsum(mass_B)]), share))
-    per_mass_B = np.divide(worth_B, mass_B, out=np.zeros_like(worth_B), where=mass_B > 0)
-    return np.asarray(per_mass_B[block_N] * weights_N)
+    A row's samples line up by value along [0, 1], each as wide as its share of the weight; the best `share`
+    of that line is worth +1/share, the worst −1/share. `share` is rounded up to whole samples of those that
+    weigh anything, so equal weights give ASNG's utility. Equal values split what their stretch is worth by
+    weight; all equal give 0."""
+    num_K1 = np.count_nonzero(weights_KN, axis=1, keepdims=True)
+    share_K1 = np.ceil(share * num_K1) / num_K1
+    order_KN = np.argsort(values_KN, axis=1, kind="stable")
+    sorted_KN = np.take_along_axis(values_KN, order_KN, axis=1)
+    begins_KN = np.ones(values_KN.shape, dtype=bool)  # a block of equal values, B in all rows together
+    begins_KN[:, 1:] = sorted_KN[:, 1:] != sorted_KN[:, :-1]
+    block_KN = np.empty_like(order_KN)
+    np.put_along_axis(block_KN, order_KN, np.cumsum(begins_KN).reshape(values_KN.shape) - 1, axis=1)
+    total_B = weights_KN.sum(axis=1)[begins_KN.nonzero()[0]]
+    mass_B = np.bincount(block_KN.ravel(), weights_KN.ravel()) / total_B
+    end_KN = np.zeros(values_KN.shape)
+    end_KN[begins_KN] = mass_B
+    end_KN = np.cumsum(end_KN, axis=1)
+    start_KN = np.concatenate([np.zeros((len(end_KN), 1)), end_KN[:, :-1]], axis=1)
+    worth_KN = _cumulative_worth(end_KN, share_K1) - _cumulative_worth(start_KN, share_K1)
+    per_mass_B = np.divide(worth_KN[begins_KN], mass_B, out=np.zeros_like(mass_B), where=mass_B > 0)
+    return np.asarray(per_mass_B[block_KN] * weights_KN)
 
 
-def _cumulative_worth(position: FloatArray, share: float) -> FloatArray:
+def _cumulative_worth(position: FloatArray, share: FloatArray) -> FloatArray:
     """Integral from 0 of +1/share on [0, share] and −1/share on [1 − share, 1]."""
     return np.asarray((np.minimum(position, share) - np.maximum(position - (1.0 - share), 0.0)) / share)
 
 
-def natural_gradient(theta_KSC: FloatArray, choices_NS: IntArray, weights_KN: FloatArray) -> FloatArray:
-    """Σ_n weight_kn (a_n − θ_k) / N, shape (K, S, C): the natural gradient of Σ_n weight_kn log p_k(a_n) / N.
+def natural_gradient(theta_KSC: FloatArray, choices_KNS: IntArray, weights_KN: FloatArray) -> FloatArray:
+    """Σ_n weight_kn (a_kn − θ_k) / N, shape (K, S, C): the natural gradient of Σ_n weight_kn log p_k(a_kn) /
+    N.
 
-    a − θ is F⁻¹ ∇ log p(a), F the Fisher information of the free parameters (ASNG, section 3)."""
-    hot_NSC = one_hot(choices_NS, theta_KSC.shape[2])
-    mean_KSC = np.einsum("kn,nsc->ksc", weights_KN, hot_NSC)
-    return np.asarray((mean_KSC - weights_KN.sum(axis=1)[:, None, None] * theta_KSC) / len(choices_NS))
+    Choices of shape (N, S) are of all distributions. a − θ is F⁻¹ ∇ log p(a), F the Fisher information of
+    the free parameters (ASNG, section 3)."""
+    hot_KNSC = one_hot(choices_KNS, theta_KSC.shape[2])
+    mean_KSC = np.einsum("kn,knsc->ksc" if hot_KNSC.ndim == 4 else "kn,nsc->ksc", weights_KN, hot_KNSC)
+    drift_KSC = weights_KN.sum(axis=1)[:, None, None] * theta_KSC
+    return np.asarray((mean_KSC - drift_KSC) / weights_KN.shape[1])
 
 
 def additive_natural_gradient(theta_KSC: FloatArray, cost_KSC: FloatArray) -> FloatArray:

@@ -25,10 +25,27 @@ def random_choices(sizes: Sequence[int], num_rows: int, rng: Generator) -> IntAr
 def first_of_each(rows_NS: IntArray) -> IntArray:
     """Where each distinct row stands first, in lexicographic order of the rows; choices are not negative.
 
-    As np.unique over an axis has it, at a fraction of the time: big-endian bytes sort as numbers do."""
-    written_NS = np.ascontiguousarray(rows_NS, dtype=">i8")
-    row = np.dtype((np.void, written_NS.itemsize * written_NS.shape[1]))
-    return np.unique(written_NS.view(row).ravel(), return_index=True)[1]
+    As np.unique over an axis has it, at a fraction of the time: rows are read as numbers, in as few words as
+    hold them, and the big-endian bytes of several words sort as numbers do."""
+    words_NW = _words(rows_NS)
+    if words_NW.shape[1] == 1:
+        return np.unique(words_NW.ravel(), return_index=True)[1]
+    written_NW = words_NW.astype(">i8")
+    row = np.dtype((np.void, written_NW.itemsize * written_NW.shape[1]))
+    return np.unique(written_NW.view(row).ravel(), return_index=True)[1]
+
+
+def _words(rows_NS: IntArray) -> IntArray:
+    """Rows of fewer columns in the same order, each of which holds as many slots as it can."""
+    words: list[IntArray] = []
+    room = 1
+    for slot_N, size in zip(rows_NS.T, (rows_NS.max(axis=0, initial=0) + 1).tolist(), strict=True):
+        if size > room or not words:
+            words.append(np.zeros(len(rows_NS), dtype=np.int64))
+            room = 2**63 - 1
+        words[-1] = words[-1] * size + slot_N
+        room //= size
+    return np.stack(words, axis=1)
 
 
 def mutate(choices_NS: IntArray, sizes: Sequence[int], rate: float, rng: Generator) -> IntArray:

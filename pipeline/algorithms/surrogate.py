@@ -19,16 +19,20 @@ Axes: N evaluations, S slots, Q queries, F features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, wraps
+from itertools import product
 from typing import TYPE_CHECKING, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.types import FloatArray, IntArray, Slot
 
 if TYPE_CHECKING:
     from threadpoolctl import ThreadpoolController
+
+Single = npt.NDArray[np.float32]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -47,6 +51,8 @@ SOFTNESS = 0.2
 
 GROUP_VARIANCE = 1.0
 """Of a group's mean, in units of the kernel's."""
+BLOCK = 50_000
+"""So many numbers at a time, which stay in the processor's cache and in memory that the process has."""
 
 
 class Kernel(NamedTuple):
@@ -57,14 +63,23 @@ class Kernel(NamedTuple):
     trade: float
 
 
+class Coded(NamedTuple):
+    """Architectures as rows whose products count agreements: of `left_NF` and `right_NF`, S + 1 times the
+    slots where two agree and the slots where they would after the best trade."""
+
+    left_NF: Single
+    right_NF: Single
+
+
 class Surrogate(NamedTuple):
-    """A fitted process: what was seen, the inverse of its covariance, and the weights of the mean."""
+    """A fitted process: what was seen, the kernel by agreements, the Cholesky factor of the covariance, and
+    the weights of the mean."""
 
     slots: tuple[Slot, ...]
     kernel: Kernel
-    own_NF: FloatArray
-    traded_NF: FloatArray
-    inverse_NN: FloatArray
+    seen: Coded
+    similarity_A: FloatArray
+    factor_NN: FloatArray
     weights_N: FloatArray
     mean: float
     scale: float
@@ -104,31 +119,38 @@ def fit(
     Without groups, losses are comparable as they are."""
     from scipy.linalg import lapack
 
-    own_NF, traded_NF = features(choices_NS, slots)
     scaled_N, mean, scale = _scaled(losses_N, groups_N)
     kernel = kernel or select(choices_NS, losses_N, slots, groups_N)
-    covariance_NN = _kernel(own_NF, traded_NF, own_NF, traded_NF, len(slots), kernel)
-    covariance_NN += _offsets(groups_N, len(losses_N))
+    seen, similarity_A = _coded(choices_NS, slots), _similarity(len(slots), kernel)
+    covariance_NN = np.concatenate([*_blocks(seen, seen, similarity_A)])
+    _add_offsets(covariance_NN, groups_N)
     covariance_NN[np.diag_indices(len(losses_N))] += kernel.noise
-    half_NN, failed = lapack.dpotri(np.linalg.cholesky(covariance_NN), lower=1)
+    factor_NN = _factor(covariance_NN)
+    weights_N, failed = lapack.dpotrs(factor_NN, scaled_N, lower=1)
     assert not failed
-    inverse_NN = np.tril(half_NN) + np.tril(half_NN, -1).T
-    return Surrogate(tuple(slots), kernel, own_NF, traded_NF, inverse_NN, inverse_NN @ scaled_N, mean, scale)
+    return Surrogate(tuple(slots), kernel, seen, similarity_A, factor_NN, weights_N, mean, scale)
 
 
 @on_one_thread
 def predict(surrogate: Surrogate, choices_QS: IntArray) -> FloatArray:
     """Posterior mean at Q queries, on the logarithmic scale of `fit`: it orders, it is no loss."""
-    return surrogate.mean + surrogate.scale * (_cross(surrogate, choices_QS) @ surrogate.weights_N)
+    mean = [cross_BN @ surrogate.weights_N for cross_BN in _cross(surrogate, choices_QS)]
+    return surrogate.mean + surrogate.scale * np.concatenate([np.zeros(0), *mean])
 
 
 @on_one_thread
 def predict_with_deviation(surrogate: Surrogate, choices_QS: IntArray) -> tuple[FloatArray, FloatArray]:
     """Posterior mean and standard deviation, noise left out."""
-    cross_QN = _cross(surrogate, choices_QS)
-    explained_Q = np.einsum("qn,qn->q", cross_QN @ surrogate.inverse_NN, cross_QN)
-    deviation_Q = surrogate.scale * np.sqrt(np.maximum(1.0 - explained_Q, 0.0))
-    return surrogate.mean + surrogate.scale * (cross_QN @ surrogate.weights_N), deviation_Q
+    from scipy.linalg import lapack
+
+    mean, explained = [np.zeros(0)], [np.zeros(0)]
+    for cross_BN in _cross(surrogate, choices_QS):
+        mean.append(cross_BN @ surrogate.weights_N)
+        white_NB, failed = lapack.dtrtrs(surrogate.factor_NN, cross_BN.T, lower=1, overwrite_b=1)
+        assert not failed
+        explained.append(np.einsum("bn,bn->b", white_NB.T, white_NB.T))
+    deviation_Q = surrogate.scale * np.sqrt(np.maximum(1.0 - np.concatenate(explained), 0.0))
+    return surrogate.mean + surrogate.scale * np.concatenate(mean), deviation_Q
 
 
 @on_one_thread
@@ -139,17 +161,18 @@ def select(
     out."""
     last = slice(-SELECTION_LIMIT, None)
     groups_N = None if groups_N is None else groups_N[last]
-    own_NF, traded_NF = features(choices_NS[last], slots)
+    seen = _coded(choices_NS[last], slots)
+    agreements_NN = (seen.left_NF @ seen.right_NF.T).astype(np.intp)
     scaled_N, _, _ = _scaled(losses_N[last], groups_N)
-    offsets_NN = _offsets(groups_N, len(scaled_N))
     can_trade = len({slot.choices for slot in slots}) < len(slots)
     likelihood: dict[Kernel, float] = {}
     for length in LENGTHS:
         for trade in TRADES if can_trade else TRADES[:1]:
             smooth = Kernel(length * len(slots), 0.0, trade)
-            smooth_NN = _kernel(own_NF, traded_NF, own_NF, traded_NF, len(slots), smooth) + offsets_NN
+            smooth_NN = np.take(_similarity(len(slots), smooth), agreements_NN)
+            _add_offsets(smooth_NN, groups_N)
             for noise in NOISES:
-                covariance_NN = smooth_NN.T.copy(order="F")  # symmetric; LAPACK wants columns
+                covariance_NN = smooth_NN.copy()
                 covariance_NN[np.diag_indices(len(scaled_N))] += noise
                 likelihood[smooth._replace(noise=noise)] = _log_likelihood(covariance_NN, scaled_N)
     return max(likelihood, key=lambda kernel: likelihood[kernel])
@@ -159,11 +182,20 @@ def _log_likelihood(covariance_NN: FloatArray, values_N: FloatArray) -> float:
     """Up to a constant; the covariance is overwritten."""
     from scipy.linalg import lapack
 
-    factor_NN, failed = lapack.dpotrf(covariance_NN, lower=1, clean=0, overwrite_a=1)
-    assert not failed
+    factor_NN = _factor(covariance_NN)
     white_N, _ = lapack.dtrtrs(factor_NN, values_N, lower=1)
     fit_term = 0.5 * len(values_N) * np.log(max(float(white_N @ white_N), 1e-300) / len(values_N))
     return float(-fit_term - np.log(np.diag(factor_NN)).sum())
+
+
+def _factor(covariance_NN: FloatArray) -> FloatArray:
+    """Its Cholesky factor, in its place; what is above the diagonal means nothing."""
+    from scipy.linalg import lapack
+
+    by_columns_NN = covariance_NN.T  # symmetric; LAPACK wants columns
+    factor_NN, failed = lapack.dpotrf(by_columns_NN, lower=1, clean=0, overwrite_a=1)
+    assert not failed
+    return np.asarray(factor_NN)
 
 
 def _scaled(losses_N: FloatArray, groups_N: IntArray | None) -> tuple[FloatArray, float, float]:
@@ -178,60 +210,68 @@ def _scaled(losses_N: FloatArray, groups_N: IntArray | None) -> tuple[FloatArray
     return (log_N - mean) / scale, mean, scale
 
 
-def _offsets(groups_N: IntArray | None, num: int) -> FloatArray:
-    """What the evaluations of a group have in common, shape (num, num)."""
-    if groups_N is None:
-        return np.zeros((num, num))
-    return GROUP_VARIANCE * np.asarray(groups_N[:, None] == groups_N, dtype=float)
+def _add_offsets(covariance_NN: FloatArray, groups_N: IntArray | None) -> None:
+    """What the evaluations of a group have in common."""
+    if groups_N is not None:
+        covariance_NN += GROUP_VARIANCE * (groups_N[:, None] == groups_N)
 
 
 # ----------------------------------------------------------------------------------------------------- kernel
 
 
-def features(choices_NS: IntArray, slots: Sequence[Slot]) -> tuple[FloatArray, FloatArray]:
+def features(choices_NS: IntArray, slots: Sequence[Slot]) -> tuple[Single, Single]:
     """Indicators, shape (N, F) each, whose products count agreements: of choices slot by slot, and of
     choices sorted within slots that offer the same ones.
 
     Sorted choices are counted in unary: the first of a choice agrees with the first, and so on. So S less
     the product is how many slots differ, or how many still would after the best trade."""
     num_choices = max(len(slot.choices) for slot in slots)
-    own_NSC = (choices_NS[:, :, None] == np.arange(num_choices)).astype(float)
+    own_NSC = np.take(np.eye(num_choices, dtype=np.float32), choices_NS, axis=0)
+    own_NF = own_NSC.reshape(len(choices_NS), len(slots) * num_choices)
+    adds_FT, above_T = _trades(tuple(slots))
+    return own_NF, (own_NF @ adds_FT > above_T).astype(np.float32)
+
+
+@cache
+def _trades(slots: tuple[Slot, ...]) -> tuple[Single, Single]:
+    """For every choice of slots that are alike, as often as there are such slots: which indicators count it,
+    and what the count must exceed."""
+    num_choices = max(len(slot.choices) for slot in slots)
     alike: dict[tuple[str, ...], list[int]] = {}
     for s, slot in enumerate(slots):
         alike.setdefault(slot.choices, []).append(s)
-    traded = []
+    adds, above = [], []
     for choices, places in alike.items():
-        count_NC = own_NSC[:, places, : len(choices)].sum(axis=1)
-        traded.append((count_NC[:, :, None] > np.arange(len(places))).reshape(-1, len(choices) * len(places)))
-    traded_NF = np.concatenate(traded, axis=1)
-    return own_NSC.reshape(-1, own_NSC.shape[1] * num_choices), traded_NF.astype(float)
+        for choice, already in product(range(len(choices)), range(len(places))):
+            adds_SC = np.zeros((len(slots), num_choices), dtype=np.float32)
+            adds_SC[places, choice] = 1
+            adds.append(adds_SC.ravel())
+            above.append(already)
+    return np.stack(adds, axis=1), np.array(above, dtype=np.float32)
 
 
-def _cross(surrogate: Surrogate, choices_QS: IntArray) -> FloatArray:
-    own_QF, traded_QF = features(choices_QS, surrogate.slots)
-    return _kernel(
-        own_QF, traded_QF, surrogate.own_NF, surrogate.traded_NF, len(surrogate.slots), surrogate.kernel
-    )
+def _coded(choices_NS: IntArray, slots: Sequence[Slot]) -> Coded:
+    """Both counts go into one product of single precision, which is exact up to four thousand slots."""
+    own_NF, traded_NF = features(choices_NS, slots)
+    right_NF = np.concatenate([own_NF, traded_NF], axis=1)
+    left_NF = right_NF.copy()
+    left_NF[:, : own_NF.shape[1]] *= len(slots) + 1
+    return Coded(left_NF, right_NF)
 
 
-def _kernel(
-    own_QF: FloatArray,
-    traded_QF: FloatArray,
-    own_NF: FloatArray,
-    traded_NF: FloatArray,
-    num_slots: int,
-    kernel: Kernel,
-) -> FloatArray:
-    """Covariance without noise or offsets, shape (Q, N)."""
-    similar_QN = _similarity(own_QF @ own_NF.T, num_slots, kernel.length)
-    if kernel.trade:
-        similar_QN *= 1 - kernel.trade
-        similar_QN += kernel.trade * _similarity(traded_QF @ traded_NF.T, num_slots, kernel.length)
-    return similar_QN
+def _similarity(num_slots: int, kernel: Kernel) -> FloatArray:
+    """The kernel, noise left out, for every product of a `Coded.left_NF` and a `right_NF`."""
+    by_agreements = np.exp((np.arange(num_slots + 1) - num_slots) / kernel.length)
+    return ((1 - kernel.trade) * by_agreements[:, None] + kernel.trade * by_agreements).ravel()
 
 
-def _similarity(agreements_QN: FloatArray, num_slots: int, length: float) -> FloatArray:
-    """exp(−differences/ℓ), in place."""
-    agreements_QN -= num_slots
-    agreements_QN /= length
-    return np.asarray(np.exp(agreements_QN, out=agreements_QN))
+def _cross(surrogate: Surrogate, choices_QS: IntArray) -> Iterator[FloatArray]:
+    return _blocks(_coded(choices_QS, surrogate.slots), surrogate.seen, surrogate.similarity_A)
+
+
+def _blocks(queries: Coded, seen: Coded, similarity_A: FloatArray) -> Iterator[FloatArray]:
+    """Covariance without noise or offsets, some queries at a time, shape (B, N)."""
+    num = max(BLOCK // len(seen.right_NF), 1)
+    for first in range(0, len(queries.left_NF), num):
+        agreements_BN = queries.left_NF[first : first + num] @ seen.right_NF.T
+        yield np.take(similarity_A, agreements_BN.astype(np.intp))

@@ -153,18 +153,24 @@ class _Parts:
         self._space, self._learn = space, learn
         self._sizes = [tuple(sizes[slot] for slot in slots) for slots in space.parts]
         self._first_P = np.cumsum([0, *map(math.prod, self._sizes)])
-        self._step_SP = np.zeros((len(sizes), len(self._sizes)), dtype=np.int64)
+        self._step_PS = np.zeros((len(self._sizes), len(sizes)))  # products of floats are the fast ones
         for part, slots in enumerate(space.parts):
             for place, slot in enumerate(slots):
-                self._step_SP[slot, part] = math.prod(self._sizes[part][place + 1 :])
-        self._cost_CM = np.full((int(self._first_P[-1]), num_metrics), np.nan)
+                self._step_PS[part, slot] = math.prod(self._sizes[part][place + 1 :])
+        self._cost_CM = np.empty((int(self._first_P[-1]), num_metrics))
+        self._known_C = np.zeros(len(self._cost_CM), dtype=bool)
 
     def of(self, rows_NS: IntArray) -> FloatArray:
         """Shape (N, M)."""
-        code_NP = rows_NS @ self._step_SP + self._first_P[:-1]
-        for code in np.unique(code_NP[np.isnan(self._cost_CM[code_NP, 0])]).tolist():
-            self._cost_CM[code] = self._costs(code)
-        return np.asarray(self._cost_CM[code_NP].sum(axis=1))
+        code_PN = (self._step_PS @ rows_NS.T).astype(np.int64) + self._first_P[:-1, None]
+        if not self._known_C.all():
+            for code in np.unique(code_PN[~self._known_C[code_PN]]).tolist():
+                self._cost_CM[code] = self._costs(code)
+                self._known_C[code] = True
+        costs_NM = np.zeros((len(rows_NS), self._cost_CM.shape[1]))
+        for code_N in code_PN:
+            costs_NM += np.take(self._cost_CM, code_N, axis=0)
+        return costs_NM
 
     def _costs(self, code: int) -> FloatArray:
         part = int(np.searchsorted(self._first_P, code, side="right")) - 1

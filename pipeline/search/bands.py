@@ -79,7 +79,7 @@ class BandSampler:
 
     def fits(self, choices_NS: IntArray, tier_N: IntArray, low: float) -> BoolArray:
         """Which rows take `low` to 1 of their tier's budget."""
-        usage_N = self._problem.usage_of(choices_NS)[np.arange(len(tier_N)), tier_N]
+        usage_N = self._problem.usage_in(choices_NS, tier_N)
         return np.asarray((usage_N >= low) & (usage_N <= 1.0))
 
     def _pool(self, pool_size: int) -> IntArray:

@@ -234,12 +234,8 @@ class _Guide:
         num_tiers, num, _ = drawn_KNS.shape
         rows_NS = self.problem.canonical(drawn_KNS.reshape(num_tiers * num, -1))
         loss_KN = surrogate.predict(self._surrogate(state), rows_NS).reshape(num_tiers, num)
-        gradient_KSC = np.empty_like(state.theta_KSC)
-        for k, (drawn_NS, loss_N) in enumerate(zip(drawn_KNS, loss_KN, strict=True)):
-            utility_N = categorical.quantile_utility(loss_N, np.ones(num), self.config.quantile)
-            theta_1SC = state.theta_KSC[k : k + 1]
-            gradient_KSC[k] = categorical.natural_gradient(theta_1SC, drawn_NS, utility_N[None])[0]
-        return gradient_KSC
+        utility_KN = categorical.quantile_utility(loss_KN, np.ones_like(loss_KN), self.config.quantile)
+        return categorical.natural_gradient(state.theta_KSC, drawn_KNS, utility_KN)
 
     def _first(self, state: Guided, num: int, rng: Generator) -> IntArray:
         """What an earlier search liked best in every tier, before anything is known; else samples of p_k."""

@@ -196,12 +196,7 @@ def ascend(
     config: StepSettings,
 ) -> Adaptive:
     """One adaptive step of every tier towards what is better on its own objective, by weighted quantiles."""
-    utility_KN = np.stack(
-        [
-            categorical.quantile_utility(objective_N, weights_N, config.quantile)
-            for objective_N, weights_N in zip(objective_KN, weights_KN, strict=True)
-        ]
-    )
+    utility_KN = categorical.quantile_utility(objective_KN, weights_KN, config.quantile)
     gradient_KSC = categorical.natural_gradient(state.theta_KSC, choices_NS, utility_KN)
     adaptive = Adaptive(state.theta_KSC, state.slowdown_K, state.gamma_K, state.path_KSC)
     return categorical.adaptive_step(adaptive, gradient_KSC, problem.sizes, config.delta0, config.alpha)

@@ -119,10 +119,19 @@ class SearchProblem:
     def usage_of(self, choices_NS: IntArray) -> FloatArray:
         """Share of each tier's budget that an architecture takes, the largest over the tier's limits, shape
         (N, K). At most 1 where the budget is kept."""
-        if isinstance(self.space, RowSpace) and self._row_tables is not None:
-            rows_NS = self.space.canonical_rows(choices_NS)
-            return self._usage({device: table.of_rows(rows_NS) for device, table in self._row_tables.items()})
-        return self._known.of(choices_NS)[1]
+        costs = self._quick_costs(choices_NS)
+        return self._known.of(choices_NS)[1] if costs is None else self._usage(costs)
+
+    def usage_in(self, choices_NS: IntArray, tier_N: IntArray) -> FloatArray:
+        """`usage_of` every architecture in one tier alone, shape (N,)."""
+        costs = self._quick_costs(choices_NS)
+        if costs is None:
+            return self._known.of(choices_NS)[1][np.arange(len(tier_N)), tier_N]
+        usage_N = np.empty(len(tier_N))
+        for k, (device, columns, limits) in enumerate(self._limits):
+            own_N = np.flatnonzero(tier_N == k)
+            usage_N[own_N] = _share(costs[device][own_N], columns, limits)
+        return usage_N
 
     def usage(self, archs: Sequence[Arch]) -> FloatArray:
         """`usage_of` for architectures. Raises ConfigError for one of another space."""
@@ -148,6 +157,13 @@ class SearchProblem:
         }
         return rows if len(rows) == len(self._tables) else None
 
+    def _quick_costs(self, choices_NS: IntArray) -> dict[str, FloatArray] | None:
+        """By every device's table, shape (N, M), where space and tables are quick by rows."""
+        if not isinstance(self.space, RowSpace) or self._row_tables is None:
+            return None
+        rows_NS = self.space.canonical_rows(choices_NS)
+        return {device: table.of_rows(rows_NS) for device, table in self._row_tables.items()}
+
     @cached_property
     def _limits(self) -> list[tuple[str, list[int], list[float]]]:
         """Per tier its device, and the columns of the device's table that are limited, and to what."""
@@ -165,9 +181,7 @@ class SearchProblem:
 
     def _usage(self, costs: Mapping[str, FloatArray]) -> FloatArray:
         """Shape (N, K), by every device's costs, shape (N, M)."""
-        usage_KN = [
-            (costs[device][:, columns] / limits).max(axis=1) for device, columns, limits in self._limits
-        ]
+        usage_KN = [_share(costs[device], columns, limits) for device, columns, limits in self._limits]
         return np.stack(usage_KN, axis=1)
 
     def _cost(self, device: str, metric: str, archs: Sequence[Arch]) -> FloatArray:
@@ -201,6 +215,15 @@ class SearchProblem:
         largest = getattr(self.space, "largest", None)  # of a table nobody says which that is
         archs += [largest] if largest is not None else []
         return float(self._cost(device, metric, archs).max())
+
+
+def _share(costs_NM: FloatArray, columns: Sequence[int], limits: Sequence[float]) -> FloatArray:
+    """Of the limits, the largest over them, shape (N,)."""
+    first, *others = zip(columns, limits, strict=True)
+    share_N = costs_NM[:, first[0]] / first[1]
+    for column, limit in others:
+        np.maximum(share_N, costs_NM[:, column] / limit, out=share_N)
+    return share_N
 
 
 class _Known:

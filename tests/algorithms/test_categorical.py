@@ -56,33 +56,50 @@ def test_entropy_runs_from_decided_to_uniform() -> None:
     assert categorical.entropy(categorical.uniform((2, 2), 1)) == pytest.approx([1.0])
 
 
+def utility_of(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    return categorical.quantile_utility(values[None], weights[None])[0]
+
+
 @pytest.mark.parametrize("num_samples", [2, 4, 5, 6, 7, 8])
 def test_equal_weights_give_asng_utilities(num_samples: int) -> None:
     values = np.random.default_rng(4).permutation(num_samples).astype(float)
     best = int(np.ceil(num_samples / 4))
     expected = np.where(values < best, 1.0, np.where(values >= num_samples - best, -1.0, 0.0)) / best
-    utility = categorical.quantile_utility(values, np.ones(num_samples)) / num_samples
+    utility = utility_of(values, np.ones(num_samples)) / num_samples
     np.testing.assert_allclose(utility, expected, atol=1e-12)
     others = np.zeros(3 * num_samples)  # samples of other tiers, which this one does not learn from
     values, weights = np.append(values, others), np.append(np.ones(num_samples), others)
-    utility = categorical.quantile_utility(values, weights) / num_samples
+    utility = utility_of(values, weights) / num_samples
     np.testing.assert_allclose(utility, np.append(expected, others), atol=1e-12)
 
 
 def test_utilities_sum_to_zero_ties_share_and_a_flat_pool_says_nothing() -> None:
     rng = np.random.default_rng(5)
     weights = rng.uniform(0, 2, 12)
-    utility = categorical.quantile_utility(rng.integers(0, 4, 12).astype(float), weights)
+    utility = utility_of(rng.integers(0, 4, 12).astype(float), weights)
     assert utility.sum() == pytest.approx(0.0, abs=1e-12)
-    tied = categorical.quantile_utility(np.array([-1.0, -1.0, 0.0, 1.0]), np.ones(4))
+    tied = utility_of(np.array([-1.0, -1.0, 0.0, 1.0]), np.ones(4))
     assert tied[0] == pytest.approx(tied[1]) == pytest.approx(2.0)
-    np.testing.assert_allclose(categorical.quantile_utility(np.zeros(12), weights), 0.0, atol=1e-12)
+    np.testing.assert_allclose(utility_of(np.zeros(12), weights), 0.0, atol=1e-12)
 
 
 def test_a_sample_without_weight_has_no_say() -> None:
     values, weights = np.array([-9.0, 1.0, 2.0, 3.0, 4.0]), np.array([0.0, 1.0, 1.0, 1.0, 1.0])
-    utility = categorical.quantile_utility(values, weights, share=0.25)
+    utility = utility_of(values, weights)
     assert utility[0] == 0.0 and utility[1] > 0 > utility[4]
+
+
+def test_every_distribution_learns_from_its_own_row() -> None:
+    rng, sizes = np.random.default_rng(20), (3, 4)
+    values, weights = rng.integers(0, 5, (3, 9)).astype(float), rng.integers(0, 3, (3, 9)).astype(float)
+    utility = categorical.quantile_utility(values, weights)
+    each = [utility_of(row, weight) for row, weight in zip(values, weights, strict=True)]
+    np.testing.assert_array_equal(utility, each)
+    theta, rows = random_theta(3, 21, sizes), rng.integers(0, 3, (3, 9, 2))
+    own = categorical.natural_gradient(theta, rows, utility)
+    for k in range(3):
+        alone = categorical.natural_gradient(theta[k : k + 1], rows[k], utility[k : k + 1])
+        np.testing.assert_allclose(own[k], alone[0], rtol=1e-12)
 
 
 def fisher(theta: np.ndarray) -> np.ndarray:
@@ -202,7 +219,7 @@ def test_steps_find_the_best_architecture_of_an_additive_loss() -> None:
     state = categorical.adaptive_start(categorical.uniform(sizes, 1))
     for _ in range(400):
         rows = categorical.sample(state.theta_KSC, 8, rng)[0]
-        utility = categorical.quantile_utility(loss[np.arange(8), rows].sum(axis=1), np.ones(8))[None]
+        utility = utility_of(loss[np.arange(8), rows].sum(axis=1), np.ones(8))[None]
         gradient = categorical.natural_gradient(state.theta_KSC, rows, utility)
         state = categorical.adaptive_step(state, gradient, sizes)
     np.testing.assert_array_equal(state.theta_KSC[0].argmax(axis=1), loss.argmin(axis=1))

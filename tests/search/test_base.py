@@ -75,6 +75,8 @@ def test_usage_is_the_tightest_limit_on_the_tier_s_own_device() -> None:
         tier("g", "gpu", latency_ms=4.0),
     )
     np.testing.assert_allclose(asked.usage([Arch("toy", (1, 1, 0, 0))]), [[1.5, 0.75, 1.5]])
+    each_in_one_tier = asked.usage_in(np.array([[1, 1, 0, 0]] * 4), np.array([2, 0, 0, 1]))
+    np.testing.assert_allclose(each_in_one_tier, [1.5, 1.5, 1.5, 0.75])
 
 
 def test_usage_is_looked_up_once_per_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,6 +219,10 @@ def test_usage_is_the_same_by_rows_and_by_architectures(memory_batch: int | None
     evaluator = TabularEvaluator(ROWS, MS)
     quick, slow = (SearchProblem(space, {"cpu": table}, tiers, evaluator, 1) for table in tables)
     np.testing.assert_array_equal(quick.usage_of(rows), slow.usage_of(rows))
+    tier_N = np.arange(20) % 2
+    for asked in (quick, slow):
+        own_N = asked.usage_of(rows)[np.arange(20), tier_N]
+        np.testing.assert_array_equal(asked.usage_in(rows, tier_N), own_N)
     np.testing.assert_array_equal(quick.canonical(rows), slow.canonical(rows))
 
 
