@@ -40,7 +40,7 @@ class GuideSettings(Settings):
     """How often a tier's best are bred on predictions."""
     first_evaluations: int = Field(default=20, ge=2)
     """Evaluations before the surrogate is believed."""
-    confirm_after: int = Field(default=100, ge=1)
+    confirm_every: int = Field(default=100, ge=1)
     """Where answers are noisy, every so many evaluations each tier's best by mean answer (as many as it has
     samples) need one answer more, and are asked again in place of new ones until they have it: the best of
     many noisy answers is mostly a lucky one."""
@@ -280,7 +280,7 @@ class _Guide:
     def _confirms(self, state: Guided) -> bool:
         evaluator = self.problem.evaluator
         is_noise = evaluator.noisy and not evaluator.trains
-        return is_noise and self.samples_per_tier > 1 and int(state.told) >= self.config.confirm_after
+        return is_noise and self.samples_per_tier > 1 and int(state.told) >= self.config.confirm_every
 
     def _with_the_best_so_far(self, state: Guided, chosen_KNS: IntArray) -> IntArray:
         """Of each tier's best so far those that have answered too seldom take its last places, once for all
@@ -289,7 +289,7 @@ class _Guide:
         index_E = index_E.reshape(-1)
         answers_N = np.bincount(index_E)
         mean_N = np.bincount(index_E, state.losses_E) / answers_N
-        seldom_N = answers_N < 1 + state.told / self.config.confirm_after
+        seldom_N = answers_N < 1 + state.told / self.config.confirm_every
         loss_NK = np.where(self.problem.usage_of(rows_NS) <= 1, mean_N[:, None], np.inf)
         confirmed: set[int] = set()
         for chosen_NS, loss_N in zip(chosen_KNS, loss_NK.T, strict=True):

@@ -176,8 +176,8 @@ def test_noise_does_not_lead_it_astray() -> None:
 
 @pytest.mark.parametrize("noise", [0.5, 0.0])
 def test_what_answered_best_is_asked_again_where_answers_are_noisy(noise: float) -> None:
-    """Before `confirm_after` none is asked for twice, but by chance among the first, drawn at random."""
-    config = parse_settings(Importance, {"surrogate": {"confirm_after": 60}}, "test")
+    """Before `confirm_every` none is asked for twice, but by chance among the first, drawn at random."""
+    config = parse_settings(Importance, {"surrogate": {"confirm_every": 60}}, "test")
 
     def asked_again(evaluations: int) -> int:
         result = search(toy(3, 0, evaluations, noise), config)
@@ -212,7 +212,7 @@ def test_a_tier_has_one_sample_where_answers_are_fixed_and_two_elsewhere(
 def test_the_two_best_are_asked_again_until_they_have_answered_often_enough() -> None:
     """Of 22 evaluations 1 + 22 / 20 answers are wanted, more than two, so they are asked twice."""
     problem = toy(1, 0, 600, noise=0.5)
-    config = parse_settings(Importance, {"surrogate": {"confirm_after": 20}}, "test")
+    config = parse_settings(Importance, {"surrogate": {"confirm_every": 20}}, "test")
     sampler, _ = guided.sampler(problem, config.surrogate)
     rng, state, answers = np.random.default_rng(0), sampler.init(), dict[tuple[int, ...], float]()
     asked: list[list[tuple[int, ...]]] = []
