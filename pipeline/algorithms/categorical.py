@@ -86,6 +86,7 @@ def quantile_utility(values_KN: FloatArray, weights_KN: FloatArray, share: float
     of that line is worth +1/share, the worst −1/share. `share` is rounded up to whole samples of those that
     weigh anything, so equal weights give ASNG's utility. Equal values split what their stretch is worth by
     weight; all equal give 0."""
+    weights_KN = np.ascontiguousarray(weights_KN)  # the order of summation is that of the memory
     num_K1 = np.count_nonzero(weights_KN, axis=1, keepdims=True)
     share_K1 = np.ceil(share * num_K1) / num_K1
     order_KN = np.argsort(values_KN, axis=1, kind="stable")
@@ -114,8 +115,8 @@ def natural_gradient(theta_KSC: FloatArray, choices_KNS: IntArray, weights_KN: F
     """Σ_n weight_kn (a_kn − θ_k) / N, shape (K, S, C): the natural gradient of Σ_n weight_kn log p_k(a_kn) /
     N.
 
-    Choices of shape (N, S) are of all distributions. a − θ is F⁻¹ ∇ log p(a), F the Fisher information of
-    the free parameters (ASNG, section 3)."""
+    Choices of shape (N, S) are shared by all distributions. a − θ is F⁻¹ ∇ log p(a), F the Fisher
+    information of the free parameters (ASNG, section 3)."""
     hot_KNSC = one_hot(choices_KNS, theta_KSC.shape[2])
     mean_KSC = np.einsum("kn,knsc->ksc" if hot_KNSC.ndim == 4 else "kn,nsc->ksc", weights_KN, hot_KNSC)
     drift_KSC = weights_KN.sum(axis=1)[:, None, None] * theta_KSC

@@ -36,9 +36,10 @@ def first_of_each(rows_NS: IntArray) -> IntArray:
 
 
 def _words(rows_NS: IntArray) -> IntArray:
-    """Rows of fewer columns in the same order, each of which holds as many slots as it can."""
+    """Rows of W columns in the same order, each of which holds as many slots as it can."""
     words: list[IntArray] = []
     room = 1
+    rows_NS = rows_NS.astype(np.int64, copy=False)
     for slot_N, size in zip(rows_NS.T, (rows_NS.max(axis=0, initial=0) + 1).tolist(), strict=True):
         if size > room or not words:
             words.append(np.zeros(len(rows_NS), dtype=np.int64))

@@ -14,14 +14,14 @@ mean of all is part of the model.
 
 Everything is worked out on one thread, where the BLAS can be told so: matrices of a few hundred rows take
 longer on two (on a machine of two, three times as long), and sums differ with the number of threads.
-Axes: N evaluations, S slots, Q queries, F features.
+Axes: N evaluations, S slots, C choices, Q queries, B of them in a block, F features, T traded ones, D
+counts, A products of features.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, wraps
-from itertools import product
 from typing import TYPE_CHECKING, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
@@ -52,7 +52,8 @@ SOFTNESS = 0.2
 GROUP_VARIANCE = 1.0
 """Of a group's mean, in units of the kernel's."""
 BLOCK = 50_000
-"""So many numbers at a time, which stay in the processor's cache and in memory that the process has."""
+"""Covariances at a time: few enough for a processor's cache, and for an allocator to use the same memory
+again."""
 
 
 class Kernel(NamedTuple):
@@ -64,8 +65,8 @@ class Kernel(NamedTuple):
 
 
 class Coded(NamedTuple):
-    """Architectures as rows whose products count agreements: of `left_NF` and `right_NF`, S + 1 times the
-    slots where two agree and the slots where they would after the best trade."""
+    """Architectures as rows whose products count agreements: `left_NF @ right_NF.T` is (S + 1) · (slots that
+    agree) + (slots that would after the best trade)."""
 
     left_NF: Single
     right_NF: Single
@@ -228,26 +229,30 @@ def features(choices_NS: IntArray, slots: Sequence[Slot]) -> tuple[Single, Singl
     num_choices = max(len(slot.choices) for slot in slots)
     own_NSC = np.take(np.eye(num_choices, dtype=np.float32), choices_NS, axis=0)
     own_NF = own_NSC.reshape(len(choices_NS), len(slots) * num_choices)
-    adds_FT, above_T = _trades(tuple(slots))
-    return own_NF, (own_NF @ adds_FT > above_T).astype(np.float32)
+    counts_FD, count_T, above_T = _trades(tuple(slots))
+    count_NT = np.take(own_NF @ counts_FD, count_T, axis=1)
+    return own_NF, (count_NT > above_T).astype(np.float32)
 
 
 @cache
-def _trades(slots: tuple[Slot, ...]) -> tuple[Single, Single]:
-    """For every choice of slots that are alike, as often as there are such slots: which indicators count it,
-    and what the count must exceed."""
+def _trades(slots: tuple[Slot, ...]) -> tuple[Single, IntArray, Single]:
+    """Which of the indicators are counted for each of D choices of slots that are alike; and for T traded
+    features, as many of a choice as there are such slots, which count it is of and what that must exceed."""
     num_choices = max(len(slot.choices) for slot in slots)
     alike: dict[tuple[str, ...], list[int]] = {}
     for s, slot in enumerate(slots):
         alike.setdefault(slot.choices, []).append(s)
-    adds, above = [], []
+    counts: list[Single] = []
+    which: list[int] = []
+    above: list[int] = []
     for choices, places in alike.items():
-        for choice, already in product(range(len(choices)), range(len(places))):
-            adds_SC = np.zeros((len(slots), num_choices), dtype=np.float32)
-            adds_SC[places, choice] = 1
-            adds.append(adds_SC.ravel())
-            above.append(already)
-    return np.stack(adds, axis=1), np.array(above, dtype=np.float32)
+        for choice in range(len(choices)):
+            counted_SC = np.zeros((len(slots), num_choices), dtype=np.float32)
+            counted_SC[places, choice] = 1
+            which += [len(counts)] * len(places)
+            above += range(len(places))
+            counts.append(counted_SC.ravel())
+    return np.stack(counts, axis=1), np.array(which), np.array(above, dtype=np.float32)
 
 
 def _coded(choices_NS: IntArray, slots: Sequence[Slot]) -> Coded:
@@ -270,8 +275,11 @@ def _cross(surrogate: Surrogate, choices_QS: IntArray) -> Iterator[FloatArray]:
 
 
 def _blocks(queries: Coded, seen: Coded, similarity_A: FloatArray) -> Iterator[FloatArray]:
-    """Covariance without noise or offsets, some queries at a time, shape (B, N)."""
-    num = max(BLOCK // len(seen.right_NF), 1)
+    """Covariance without noise or offsets, B queries at a time, shape (B, N).
+
+    B is a multiple of 8, since a BLAS may round the rows that are left over otherwise: equal queries are to
+    have equal predictions."""
+    num = max(BLOCK // len(seen.right_NF) // 8, 1) * 8
     for first in range(0, len(queries.left_NF), num):
         agreements_BN = queries.left_NF[first : first + num] @ seen.right_NF.T
         yield np.take(similarity_A, agreements_BN.astype(np.intp))

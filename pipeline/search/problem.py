@@ -123,7 +123,7 @@ class SearchProblem:
         return self._known.of(choices_NS)[1] if costs is None else self._usage(costs)
 
     def usage_in(self, choices_NS: IntArray, tier_N: IntArray) -> FloatArray:
-        """`usage_of` every architecture in one tier alone, shape (N,)."""
+        """`usage_of` every architecture in its own tier alone, shape (N,)."""
         costs = self._quick_costs(choices_NS)
         if costs is None:
             return self._known.of(choices_NS)[1][np.arange(len(tier_N)), tier_N]

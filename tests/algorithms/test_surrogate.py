@@ -71,6 +71,40 @@ def test_prediction_is_the_closed_form() -> None:
     np.testing.assert_allclose(surrogate.predict(model, queries), mean)
 
 
+@pytest.mark.parametrize("groups", [None, np.arange(45) // 5])
+def test_many_are_predicted_in_blocks(groups: np.ndarray | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, queries = random_rows(45, 22), random_rows(37, 23)
+    losses, kernel = additive(seen), Kernel(length=4.0, noise=0.1, trade=0.5)
+
+    def predicted() -> tuple[np.ndarray, np.ndarray]:
+        model = surrogate.fit(seen, losses, ALIKE, groups, kernel)
+        mean, deviation = surrogate.predict_with_deviation(model, queries)
+        np.testing.assert_allclose(surrogate.predict(model, queries), mean, rtol=1e-12)
+        return mean, deviation
+
+    whole = predicted()
+    monkeypatch.setattr(surrogate, "BLOCK", 45 * 13)
+    blocks = predicted()
+    np.testing.assert_allclose(blocks, whole, rtol=1e-9)
+
+
+def test_equal_queries_have_equal_predictions_in_whatever_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = random_rows(300, 24)
+    model = surrogate.fit(seen, additive(seen), ALIKE)
+    for queries in np.repeat(random_rows(8, 25)[:, None], 320, axis=1):
+        for rows in (166, 45, 13):
+            monkeypatch.setattr(surrogate, "BLOCK", 300 * rows)
+            assert len(set(surrogate.predict(model, queries).tolist())) == 1
+
+
+def test_slots_may_differ_in_size_and_some_be_alike() -> None:
+    slots = [Slot("a", ("x", "y")), Slot("b", ("u", "v", "w")), Slot("c", ("x", "y")), Slot("d", ("z",))]
+    rows = np.array([[0, 2, 1, 0], [1, 2, 0, 0], [1, 0, 1, 0]])
+    own, traded = surrogate.features(rows, slots)
+    np.testing.assert_array_equal(4 - own @ own.T, [[0, 2, 2], [2, 0, 2], [2, 2, 0]])
+    np.testing.assert_array_equal(4 - traded @ traded.T, [[0, 0, 2], [0, 0, 2], [2, 2, 0]])
+
+
 def test_the_kernel_found_is_the_likeliest() -> None:
     from scipy.stats import multivariate_normal
 

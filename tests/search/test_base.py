@@ -223,6 +223,7 @@ def test_usage_is_the_same_by_rows_and_by_architectures(memory_batch: int | None
     for asked in (quick, slow):
         own_N = asked.usage_of(rows)[np.arange(20), tier_N]
         np.testing.assert_array_equal(asked.usage_in(rows, tier_N), own_N)
+        np.testing.assert_array_equal(asked.usage_in(rows, 0 * tier_N), asked.usage_of(rows)[:, 0])
     np.testing.assert_array_equal(quick.canonical(rows), slow.canonical(rows))
 
 
