@@ -25,14 +25,11 @@ from functools import cache, wraps
 from typing import TYPE_CHECKING, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
-from pipeline.types import FloatArray, IntArray, Slot
+from pipeline.types import Float32Array, FloatArray, IntArray, Slot
 
 if TYPE_CHECKING:
     from threadpoolctl import ThreadpoolController
-
-Single = npt.NDArray[np.float32]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -68,8 +65,8 @@ class Coded(NamedTuple):
     """Architectures as rows whose products count agreements: `left_NF @ right_NF.T` is (S + 1) · (slots that
     agree) + (slots that would after the best trade)."""
 
-    left_NF: Single
-    right_NF: Single
+    left_NF: Float32Array
+    right_NF: Float32Array
 
 
 class Surrogate(NamedTuple):
@@ -220,7 +217,7 @@ def _add_offsets(covariance_NN: FloatArray, groups_N: IntArray | None) -> None:
 # ----------------------------------------------------------------------------------------------------- kernel
 
 
-def features(choices_NS: IntArray, slots: Sequence[Slot]) -> tuple[Single, Single]:
+def features(choices_NS: IntArray, slots: Sequence[Slot]) -> tuple[Float32Array, Float32Array]:
     """Indicators, shape (N, F) each, whose products count agreements: of choices slot by slot, and of
     choices sorted within slots that offer the same ones.
 
@@ -235,14 +232,14 @@ def features(choices_NS: IntArray, slots: Sequence[Slot]) -> tuple[Single, Singl
 
 
 @cache
-def _trades(slots: tuple[Slot, ...]) -> tuple[Single, IntArray, Single]:
+def _trades(slots: tuple[Slot, ...]) -> tuple[Float32Array, IntArray, Float32Array]:
     """Which of the indicators are counted for each of D choices of slots that are alike; and for T traded
     features, as many of a choice as there are such slots, which count it is of and what that must exceed."""
     num_choices = max(len(slot.choices) for slot in slots)
     alike: dict[tuple[str, ...], list[int]] = {}
     for s, slot in enumerate(slots):
         alike.setdefault(slot.choices, []).append(s)
-    counts: list[Single] = []
+    counts: list[Float32Array] = []
     which: list[int] = []
     above: list[int] = []
     for choices, places in alike.items():

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pipeline.artifacts import sha256_file
 from pipeline.errors import ParityError
-from pipeline.types import Json
+from pipeline.types import Float32Array, Json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,7 +27,6 @@ MAX_ABS_ERROR = 1e-4
 MIN_TOP1_AGREEMENT = 0.999
 DYNAMIC_BATCHES = (1, 2, 7)
 
-Float32Array = NDArray[np.float32]
 Logits = Callable[[Float32Array], Float32Array]
 
 

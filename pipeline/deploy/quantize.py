@@ -39,12 +39,11 @@ from pipeline.deploy.graph import strip
 from pipeline.deploy.parity import Gate
 from pipeline.devices.session import open_session
 from pipeline.errors import BudgetlineError, ExportError
-from pipeline.types import Json
+from pipeline.types import Float32Array, Json
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-Float32Array = NDArray[np.float32]
 AccuracyOf = Callable[[Path], float]
 """Share of correct answers of a file, in [0, 1]."""
 

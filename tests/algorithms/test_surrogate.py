@@ -50,10 +50,16 @@ def test_features_count_the_slots_that_differ_and_those_that_would_after_trading
     np.testing.assert_array_equal(own @ own.T, traded @ traded.T)
 
 
-def test_prediction_is_the_closed_form() -> None:
-    seen, queries, losses = random_rows(12, 5), random_rows(5, 6), np.arange(12.0)
+@pytest.mark.parametrize("groups", [None, np.arange(12) // 4])
+def test_prediction_is_the_closed_form(groups: np.ndarray | None) -> None:
+    """The evaluations of a group are relative to their mean and have an offset in common."""
+    seen, queries, losses = random_rows(12, 5), random_rows(5, 6), np.arange(12.0) ** 2
     kernel = Kernel(length=4.0, noise=0.1, trade=0.5)
-    model = surrogate.fit(seen, losses, ALIKE, kernel=kernel)
+    model = surrogate.fit(seen, losses, ALIKE, groups, kernel)
+    offsets = np.zeros((12, 12))
+    if groups is not None:
+        losses = losses - losses.reshape(3, 4).mean(axis=1)[groups]
+        offsets = surrogate.GROUP_VARIANCE * (groups[:, None] == groups)
 
     def covariance(left: np.ndarray, right: np.ndarray) -> np.ndarray:
         differ = (left[:, None] != right[None]).sum(axis=2)
@@ -61,8 +67,9 @@ def test_prediction_is_the_closed_form() -> None:
         traded = np.abs(counts[0][:, None] - counts[1][None]).sum(axis=2) / 2
         return np.asarray(0.5 * np.exp(-differ / 4.0) + 0.5 * np.exp(-traded / 4.0))
 
-    log = np.log(losses / 5.5 + surrogate.SOFTNESS)
-    inverse = np.linalg.inv(covariance(seen, seen) + 0.1 * np.eye(12))
+    above = losses - losses.min()
+    log = np.log(above / np.median(above) + surrogate.SOFTNESS)
+    inverse = np.linalg.inv(covariance(seen, seen) + offsets + 0.1 * np.eye(12))
     cross = covariance(queries, seen)
     mean, deviation = surrogate.predict_with_deviation(model, queries)
     np.testing.assert_allclose(mean, log.mean() + cross @ inverse @ (log - log.mean()))

@@ -202,6 +202,17 @@ def test_json_round_trip_and_its_refusals(space: MBConvSpace, built: tuple[Space
         SpaceCosts.from_json(record, space)
 
 
+def test_a_part_is_worked_out_once(space: MBConvSpace, monkeypatch: pytest.MonkeyPatch) -> None:
+    costs, archs = SpaceCosts(space, None), members(space, 5)
+    before = costs.of(archs)
+
+    def again(part: int, choices: tuple[int, ...]) -> None:
+        raise AssertionError(f"part {part} with {choices} was known")
+
+    monkeypatch.setattr(space, "part_layers", again)
+    np.testing.assert_array_equal(costs.of(archs), before)
+
+
 def test_foreign_architectures_are_refused(built: tuple[SpaceCosts, Json]) -> None:
     table, space = built[0], built[0].space
     last = len(space.slots[-1].choices)
