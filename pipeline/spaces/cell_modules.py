@@ -33,6 +33,7 @@ from pipeline.spaces.cell_plan import (
 )
 from pipeline.spaces.depthwise import DepthwiseConv2d
 from pipeline.spaces.layout import gradient_like_value
+from pipeline.spaces.pointwise import PointwiseConv2d, pointwise
 from pipeline.spaces.pooling import average_pool
 from pipeline.types import Arch
 
@@ -95,16 +96,21 @@ class ConvNorm(nn.Module):
         self, channels_in: int, channels_out: int, kernel: int = 1, stride: int = 1, *, shared: bool
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels_in, channels_out, kernel, stride, kernel // 2, bias=False)
+        self.conv = (
+            PointwiseConv2d(channels_in, channels_out, stride)
+            if kernel == 1
+            else nn.Conv2d(channels_in, channels_out, kernel, stride, kernel // 2, bias=False)
+        )
         self.norm = nn.BatchNorm2d(channels_out, affine=not shared, track_running_stats=not shared)
         _initialise(self.conv)
 
     def forward(self, x: Tensor, columns: Columns | None = None) -> Tensor:
+        """`columns` are those of a 1×1 kernel."""
         conv = self.conv
         if columns is None:
             convolved = conv(x)
         else:
-            convolved = F.conv2d(x, take(conv.weight, columns), None, conv.stride, conv.padding)
+            convolved = pointwise(x, take(conv.weight, columns), conv.stride[0])
         made: Tensor = self.norm(convolved)
         return made
 
@@ -137,8 +143,9 @@ class Halving(nn.Module):
             conv.weight if columns is None else take(conv.weight, columns)
             for conv in (self.even.conv, self.odd.conv)
         )
-        far = self._shift
-        kernels = [F.pad(even, (0, far, 0, far)), F.pad(odd, (far, 0, far, 0))]
+        if not self._shift:
+            return pointwise(x, torch.cat([even, odd]), 2)
+        kernels = [F.pad(even, (0, 1, 0, 1)), F.pad(odd, (1, 0, 1, 0))]
         return F.conv2d(x, torch.cat(kernels), None, 2)
 
 
