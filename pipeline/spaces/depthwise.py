@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.spaces.layout import is_traced
+
 STRIPE = 3
 """Columns of a kernel whose weight gradient is fast."""
 
@@ -70,9 +72,8 @@ class Geometry(NamedTuple):
 
 
 def _is_watched() -> bool:
-    """By an exporter or a compiler, which know convolutions as they are; or types are changed on the way."""
-    traced = torch._C._get_tracing_state() is not None
-    return traced or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
+    """By an exporter or a compiler; or types are changed on the way."""
+    return is_traced() or torch.is_autocast_enabled("cpu")
 
 
 class _Depthwise(torch.autograd.Function):

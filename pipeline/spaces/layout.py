@@ -20,3 +20,8 @@ def gradient_like_value(x: Tensor) -> Tensor:
             lambda gradient: gradient.contiguous(memory_format=layout)
         )
     return x
+
+
+def is_traced() -> bool:
+    """Whether an exporter or a compiler is looking, which know operators as they are."""
+    return torch._C._get_tracing_state() is not None or torch.compiler.is_compiling()

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.spaces.layout import is_traced
+
 NARROW = 16
 """Fewer channels than this are less than oneDNN's widest block of them."""
 
@@ -17,15 +19,11 @@ def pointwise(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     some of it, oneDNN's gradient by the weights writes behind its buffer, 8 channels wide with AVX2, which
     ends the process or changes what lies there (oneDNN issue 6035, open; so in PyTorch 2.12). What an
     exporter or a compiler looks at, and what needs no gradient, stays as it is."""
-    if stride == 1 or x.device.type != "cpu" or not torch.is_grad_enabled() or _is_watched():
+    if stride == 1 or x.device.type != "cpu" or not torch.is_grad_enabled() or is_traced():
         return F.conv2d(x, weight, None, stride)
     if weight.requires_grad and weight.shape[1] < NARROW:
         return F.conv2d(x[:, :, ::stride, ::stride], weight)
     return F.conv2d(x, weight, None, stride)
-
-
-def _is_watched() -> bool:
-    return torch._C._get_tracing_state() is not None or torch.compiler.is_compiling()
 
 
 class PointwiseConv2d(nn.Conv2d):
